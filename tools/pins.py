@@ -35,7 +35,11 @@ def main() -> None:
     pyproject = ROOT / "pyproject.toml"
     text = pyproject.read_text()
     if arguments.upgrade:
-        kept = [line for line in BLOCK.search(text)[0].splitlines() if line.strip().startswith(tuple(f'"{name}==' for name in PINNED_BY_HAND))]
+        kept = [
+            line
+            for line in BLOCK.search(text)[0].splitlines()
+            if line.strip().startswith(tuple(f'"{name}==' for name in PINNED_BY_HAND))
+        ]
         text = BLOCK.sub("constraint-dependencies = [\n" + "\n".join(kept) + "\n]\n", text)
         pyproject.write_text(text)
     subprocess.run(["uv", "lock", *(["--upgrade"] if arguments.upgrade else [])], cwd=ROOT, check=True)

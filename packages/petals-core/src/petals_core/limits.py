@@ -1,0 +1,54 @@
+"""The bounds on everything that a peer may send, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireLimits:
+    """Bounds of one connection. The receiver's values bind the sender: they are told in the hello."""
+
+    max_frame_bytes: int = 64 * KIB
+    """Largest payload of one frame. Small, so that a decode step overtakes a prefill between two frames."""
+    max_message_bytes: int = 256 * MIB
+    """Largest message: envelope and tensors together."""
+    max_envelope_bytes: int = 64 * KIB
+    max_streams: int = 256
+    """Streams that a peer may have open at once on one connection."""
+    stream_credit_bytes: int = 4 * MIB
+    """What may be under way on one stream before the receiver has taken it. Messages larger than this flow in parts."""
+    connection_credit_bytes: int = 64 * MIB
+    handshake_timeout_s: float = 10.0
+    ping_interval_s: float = 10.0
+    """Silence after which a ping is sent."""
+    idle_timeout_s: float = 30.0
+    """Silence after which the connection counts as dead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerLimits:
+    """Bounds of one listening server."""
+
+    max_connections: int = 1024
+    max_connections_per_peer: int = 16
+    max_handshakes: int = 64
+    """Connections that may be in the handshake at once."""
+
+
+MAX_DATAGRAM_BYTES = 1232
+"""IPv6's minimum MTU of 1,280 bytes less the IPv6 and UDP headers (RFC 8200 section 5): never fragmented."""
+MAX_ANNOUNCEMENT_BYTES = 960
+MAX_ANNOUNCEMENT_LIFETIME_S = 1800.0
+MAX_CLOCK_SKEW_S = 60.0
+MAX_BLOCKS = 1024
+MAX_NAME_CHARS = 128
+MAX_ADDRESSES = 4
+MAX_ADAPTERS = 8
+MAX_NEXT_DELAYS = 8
+MAX_BATCH_ROWS = 1024
+MAX_STEP_TOKENS = 1 << 20
+MAX_SESSION_TOKENS = 1 << 22

@@ -1,0 +1,213 @@
+"""What peers say to each other on a stream: the envelopes of requests and replies.
+
+A message is one envelope (a msgpack map with its kind) and a payload: the bytes of the tensors that the envelope
+describes, in order, never copied through msgpack. Dimension letters: R rows, T tokens of all rows together, H hidden size.
+Hidden states are packed: the tokens of row 0, then those of row 1, and so on, without pads, as one tensor [T, H].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from petals_core import schema
+from petals_core.announcement import DTYPES, QUANTIZATIONS, STATES
+from petals_core.errors import PetalsError, ProtocolError, error_from_wire
+from petals_core.limits import (
+    MAX_BATCH_ROWS,
+    MAX_BLOCKS,
+    MAX_NAME_CHARS,
+    MAX_SESSION_TOKENS,
+    MAX_STEP_TOKENS,
+)
+from petals_core.schema import ruled
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+SESSION_ID_BYTES = 16
+_MAX_TENSORS = 4
+_KIND_KEY = "kind"
+
+_tensors = schema.sequence(lambda value: value, _MAX_TENSORS)
+"""Tensor descriptions as they came; ``petals_core.tensors.codec.TensorSpec.from_wire`` checks them."""
+_fingerprint = schema.text(64)
+_block = schema.integer(0, MAX_BLOCKS)
+_deadline_ms = schema.integer(1, 3_600_000)
+_duration_us = schema.integer(0, 1 << 40)
+_row_tokens = schema.sequence(schema.integer(0, MAX_STEP_TOKENS), MAX_BATCH_ROWS, 1)
+_position_runs = schema.sequence(
+    schema.sequence(schema.pair(schema.integer(0, MAX_SESSION_TOKENS), schema.integer(1, MAX_STEP_TOKENS)), 1024),
+    MAX_BATCH_ROWS,
+    1,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InfoRequest:
+    """Ask a server what it is; also serves to measure the round trip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Info:
+    """A server's answer to ``InfoRequest``."""
+
+    model_name: str = ruled(schema.text(MAX_NAME_CHARS))
+    fingerprint: str = ruled(_fingerprint)
+    num_blocks: int = ruled(schema.integer(1, MAX_BLOCKS))
+    start: int = ruled(_block)
+    end: int = ruled(_block)
+    state: str = ruled(schema.choice(*STATES))
+    torch_dtype: str = ruled(schema.choice(*DTYPES))
+    quantization: str = ruled(schema.choice(*QUANTIZATIONS))
+    version: str = ruled(schema.text(32))
+    public_name: str = ruled(schema.text(MAX_NAME_CHARS))
+    cache_tokens_left: int = ruled(schema.integer(0, 1 << 40))
+    num_sessions: int = ruled(schema.integer(0, 1 << 32))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSession:
+    """Open an inference session on blocks ``start:end``: the first message of a stream whose end closes the session."""
+
+    session_id: bytes = ruled(schema.binary(SESSION_ID_BYTES, SESSION_ID_BYTES))
+    fingerprint: str = ruled(_fingerprint)
+    start: int = ruled(_block)
+    end: int = ruled(_block)
+    num_rows: int = ruled(schema.integer(1, MAX_BATCH_ROWS))
+    max_length: int = ruled(schema.integer(1, MAX_SESSION_TOKENS))
+    """Tokens that a row may hold."""
+    deadline_ms: int = ruled(_deadline_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOpened:
+    """The session is open; its attention cache is empty."""
+
+    cache_tokens_left: int = ruled(schema.integer(0, 1 << 40))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Append tokens to a session and compute them. Payload: hidden states [T, H]."""
+
+    step: int = ruled(schema.integer(0, 1 << 53))
+    """Counts up from 0 in a session; the reply repeats it."""
+    keep: int = ruled(schema.integer(0, MAX_SESSION_TOKENS))
+    """Cached tokens of every row that stay valid; what lies beyond is forgotten first."""
+    row_tokens: tuple[int, ...] = ruled(_row_tokens)
+    """New tokens of each row; rows may differ, as in a padded batch."""
+    tensors: tuple[Any, ...] = ruled(_tensors)
+    deadline_ms: int = ruled(_deadline_ms)
+    row_order: tuple[int, ...] | None = ruled(
+        schema.optional(schema.sequence(schema.integer(0, MAX_BATCH_ROWS - 1), MAX_BATCH_ROWS, 1)), default=None
+    )
+    """Row i continues what row ``row_order[i]`` was (beam search), applied after ``keep``."""
+    position_runs: tuple[tuple[tuple[int, int], ...], ...] | None = ruled(schema.optional(_position_runs), default=None)
+    """Per row the position ids of its new tokens as (first, count) runs; None: consecutive from its cached length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Outcome of a ``Step``. Payload: hidden states [T, H] behind the span's last block."""
+
+    step: int = ruled(schema.integer(0, 1 << 53))
+    tensors: tuple[Any, ...] = ruled(_tensors)
+    queue_us: int = ruled(_duration_us)
+    """Time between arrival and start of computing."""
+    compute_us: int = ruled(_duration_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """Compute blocks ``start:end`` on whole rows without a session. Payload: hidden states [T, H]."""
+
+    fingerprint: str = ruled(_fingerprint)
+    start: int = ruled(_block)
+    end: int = ruled(_block)
+    row_tokens: tuple[int, ...] = ruled(_row_tokens)
+    tensors: tuple[Any, ...] = ruled(_tensors)
+    deadline_ms: int = ruled(_deadline_ms)
+    position_runs: tuple[tuple[tuple[int, int], ...], ...] | None = ruled(schema.optional(_position_runs), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardResult:
+    """Outcome of a ``Forward``. Payload: hidden states [T, H]."""
+
+    tensors: tuple[Any, ...] = ruled(_tensors)
+    queue_us: int = ruled(_duration_us)
+    compute_us: int = ruled(_duration_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """The request failed; the stream stays usable unless it ends with this message."""
+
+    code: str = ruled(schema.text(64))
+    message: str = ruled(schema.text(1024))
+    retry_after_s: float | None = ruled(schema.optional(schema.number(0, 86400)), default=None)
+
+    @classmethod
+    def of(cls, error: PetalsError) -> Failure:
+        """Describe an error to the peer, in one printable line."""
+        line = "".join(character if character.isprintable() else " " for character in error.message)[:1024]
+        return cls(code=error.code, message=line, retry_after_s=error.retry_after_s)
+
+    def to_error(self) -> PetalsError:
+        """The error that the peer reported."""
+        return error_from_wire(self.code, self.message, self.retry_after_s)
+
+
+Body: TypeAlias = (
+    InfoRequest | Info | OpenSession | SessionOpened | Step | StepResult | Forward | ForwardResult | Failure
+)
+_KINDS: dict[str, type[Body]] = {
+    "info?": InfoRequest,
+    "info": Info,
+    "open?": OpenSession,
+    "open": SessionOpened,
+    "step?": Step,
+    "step": StepResult,
+    "forward?": Forward,
+    "forward": ForwardResult,
+    "failure": Failure,
+}
+_NAMES = {body: name for name, body in _KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """An envelope and the bytes beside it."""
+
+    body: Body
+    payload: Sequence[Buffer] = ()
+    """Buffers to send one behind the other; a received message has at most one."""
+
+    @property
+    def received_payload(self) -> memoryview:
+        """The whole payload of a received message."""
+        return memoryview(self.payload[0]) if self.payload else memoryview(b"")
+
+
+def encode_body(body: Body) -> bytes:
+    """Return the envelope's bytes."""
+    content = schema.to_map(body)
+    content[_KIND_KEY] = _NAMES[type(body)]
+    return schema.pack(content)
+
+
+def decode_body(envelope: Buffer) -> Body:
+    """Read an envelope from an untrusted peer.
+
+    Raises:
+        ProtocolError: it is not a known, well-formed message.
+    """
+    try:
+        content = schema.unpack(envelope)
+        kind = content.get(_KIND_KEY) if type(content) is dict else None
+        body = _KINDS.get(kind) if type(kind) is str else None
+        if body is None:
+            raise schema.SchemaError("unknown kind of message")
+        return schema.from_map(body, content)
+    except schema.SchemaError as error:
+        raise ProtocolError(f"malformed message: {error}") from None
