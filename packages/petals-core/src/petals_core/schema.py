@@ -1,7 +1,7 @@
 """Typed values <-> msgpack maps, with a check on every field that a peer sends.
 
-A value is a frozen dataclass whose fields carry a ``Rule`` each. Decoding ignores unknown keys, so that later versions may
-add optional fields, and refuses everything else that does not fit.
+A value is a frozen dataclass whose fields carry a ``Rule`` each. Decoding ignores unknown keys, so that later versions
+may add optional fields, and refuses everything else that does not fit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What peers say to each other on a stream: the envelopes of requests and replies.
 
 A message is one envelope (a msgpack map with its kind) and a payload: the bytes of the tensors that the envelope
-describes, in order, never copied through msgpack. Dimension letters: R rows, T tokens of all rows together, H hidden size.
-Hidden states are packed: the tokens of row 0, then those of row 1, and so on, without pads, as one tensor [T, H].
+describes, in order, never copied through msgpack. Dimension letters: R rows, T tokens of all rows together, H hidden
+size. Hidden states are packed: the tokens of row 0, then those of row 1, and so on, without pads, as one tensor [T, H].
+A session's attention cache has columns: a step appends as many as its longest row has new tokens, and each row's tokens
+stand at the right end of them.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ class OpenSession:
     end: int = ruled(_block)
     num_rows: int = ruled(schema.integer(1, MAX_BATCH_ROWS))
     max_length: int = ruled(schema.integer(1, MAX_SESSION_TOKENS))
-    """Tokens that a row may hold."""
+    """Columns that the session may hold."""
     deadline_ms: int = ruled(_deadline_ms)
 
 
@@ -93,7 +95,7 @@ class Step:
     step: int = ruled(schema.integer(0, 1 << 53))
     """Counts up from 0 in a session; the reply repeats it."""
     keep: int = ruled(schema.integer(0, MAX_SESSION_TOKENS))
-    """Cached tokens of every row that stay valid; what lies beyond is forgotten first."""
+    """Cached columns that stay valid; what lies beyond is forgotten first."""
     row_tokens: tuple[int, ...] = ruled(_row_tokens)
     """New tokens of each row; rows may differ, as in a padded batch."""
     tensors: tuple[Any, ...] = ruled(_tensors)
