@@ -1,0 +1,25 @@
+"""Run every test of the project: ``python3 tools/test.py [PYTEST OPTIONS]``.
+
+Makes the environment first where it is missing. Options go to pytest as they are, for example
+``python3 tools/test.py packages/petals-core -k wire``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import environment
+
+
+def main() -> None:
+    environment.enter("--all-groups")
+    # One thread each: the tests are many small computations, and idle OpenMP threads spin.
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
+    os.chdir(environment.ROOT)
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "pytest", *sys.argv[1:]], variables)
+
+
+if __name__ == "__main__":
+    main()
