@@ -62,20 +62,28 @@ def synchronize(uv_sync_options: Sequence[str] = ()) -> Path:
     if sys.version_info < (3, 11):  # noqa: UP036 - this file also runs where nothing has checked the version yet
         raise SetupError(f"Petals needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
     BOOTSTRAP.mkdir(exist_ok=True)
-    variables = {
-        **_without(os.environ, "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH"),
-        "UV_PROJECT_ENVIRONMENT": str(ENVIRONMENT),
-        "UV_PYTHON_DOWNLOADS": "never",
-    }
     with _lock(BOOTSTRAP / "lock"):
-        uv = _ensure_uv()
-        for name, value in uv_settings(_pip_settings()).items():
-            variables.setdefault(name, value)
-        sync = [str(uv), "sync", "--inexact", "--python", _base_python(), *uv_sync_options]
+        _ensure_uv()
+        variables = _uv_variables()
+        sync = [str(uv_path()), "sync", "--inexact", "--python", _base_python(), *uv_sync_options]
         if subprocess.call([*sync, "--check", "--quiet"], cwd=ROOT, env=variables, stderr=subprocess.DEVNULL) != 0:
             _say("Installing Petals into .venv (PyTorch is the largest part)")
             _call(sync, "the installation failed: see uv's message above", variables)
     return ENVIRONMENT / _EXECUTABLES / f"python{_SUFFIX}"
+
+
+def uv(*arguments: str, wheels: Path | None = None) -> None:
+    """Run the pinned uv in the checkout with pip's settings; ``synchronize`` has installed it.
+
+    ``wheels`` is a folder to take distributions from beside the configured places.
+
+    Raises:
+        SetupError: uv failed; it has said why.
+    """
+    variables = _uv_variables()
+    if wheels is not None:
+        variables["UV_FIND_LINKS"] = ",".join(filter(None, [str(wheels), variables.get("UV_FIND_LINKS")]))
+    _call([str(uv_path()), *arguments], f"uv {arguments[0]} failed: see its message above", variables)
 
 
 def uv_settings(pip_settings: Mapping[str, str]) -> dict[str, str]:
@@ -115,10 +123,19 @@ def _pip_settings() -> dict[str, str]:
     return {**found["global"], **found["install"], **found[":env:"]}
 
 
-def _ensure_uv() -> Path:
+def _uv_variables() -> dict[str, str]:
+    """The environment variables that uv runs with; what the user has set for uv counts before pip's settings."""
+    return {
+        **uv_settings(_pip_settings()),
+        **_without(os.environ, "VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH"),
+        "UV_PROJECT_ENVIRONMENT": str(ENVIRONMENT),
+        "UV_PYTHON_DOWNLOADS": "never",
+    }
+
+
+def _ensure_uv() -> None:
     """Install the pinned uv unless it is there; a folder appears only when it is complete."""
-    uv = uv_path()
-    if not uv.exists():
+    if not uv_path().exists():
         _say(f"Installing uv {UV_VERSION} into .uv")
         partial = BOOTSTRAP / "partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -130,7 +147,6 @@ def _ensure_uv() -> Path:
         for stale in BOOTSTRAP.glob("*.*.*"):
             shutil.rmtree(stale, ignore_errors=True)
         partial.rename(BOOTSTRAP / UV_VERSION)
-    return uv
 
 
 def _base_python() -> str:
