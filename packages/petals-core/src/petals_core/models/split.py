@@ -1,0 +1,365 @@
+"""A Transformers model in parts: the client's half, and spans of blocks for servers.
+
+Both are Transformers' own classes with something taken out, so an architecture works when Transformers has it. A span
+is the base model with other blocks and everything around them removed, called with ``inputs_embeds``; the client's half
+is the whole model with its list of blocks replaced by one module that stands for all of them.
+
+Letters: B rows of a batch, T tokens of a step, P tokens in the cache before it, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import nn
+
+from petals_core.errors import CheckpointError, DeviceError, InvalidRequestError
+from petals_core.models import transformers_internals as internals
+from petals_core.models.checkpoint import Checkpoint, resolve_dtype
+from petals_core.models.memory import release_memory
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """How a family of models is put together."""
+
+    base_class: type[PreTrainedModel]
+    block_class: type[nn.Module]
+    block_path: str
+    """Where the base model keeps its blocks: ``layers``, ``h``, ``decoder.layers``."""
+    num_blocks: int
+    hidden_size: int
+    blocks_return_tuples: bool
+    """Whether the base model takes element 0 of what a block returns (bloom, falcon, mpt) or all of it."""
+    has_attention_interface: bool
+    """Whether attention goes through Transformers' ``AttentionInterface`` and can be replaced."""
+
+
+def block_count(config: PreTrainedConfig) -> int:
+    """Number of decoder blocks."""
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def find_architecture(config: PreTrainedConfig) -> Architecture:
+    """Learn from a config how the model is built, without loading anything.
+
+    Raises:
+        UnsupportedModelError: the model can't be split.
+    """
+    base_class = internals.base_class_of(config)
+    internals.check_config(config, base_class)
+    num_blocks = block_count(config)
+    # The constructors write into their config, and a model is built in the dtype that its config names.
+    config = copy.deepcopy(config)
+    model = internals.build_on_meta(base_class, config)
+    block_path = internals.find_block_path(model, num_blocks, config.model_type)
+    blocks = model.get_submodule(block_path)
+    assert isinstance(blocks, nn.ModuleList)
+    block_class = type(blocks[0])
+    internals.neutralize(model, block_path)
+    return Architecture(
+        base_class=base_class,
+        block_class=block_class,
+        block_path=block_path,
+        num_blocks=num_blocks,
+        hidden_size=int(config.hidden_size),
+        blocks_return_tuples=internals.blocks_return_tuples(model, block_path, int(config.hidden_size)),
+        has_attention_interface=bool(getattr(base_class, "_supports_attention_backend", False)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorNames:
+    """A checkpoint's tensors, told apart by what holds them."""
+
+    outside: tuple[str, ...]
+    """Embeddings, final norm, head."""
+    by_block: tuple[tuple[str, ...], ...]
+    _number_at: dict[str, tuple[int, int]]
+
+    def renumbered(self, name: str, index: int) -> str:
+        """A block's tensor under the name that it would have in block ``index``."""
+        start, end = self._number_at[name]
+        return f"{name[:start]}{index}{name[end:]}"
+
+
+def tensor_names(checkpoint: Checkpoint, architecture: Architecture) -> TensorNames:
+    """Tell a checkpoint's tensors apart.
+
+    Raises:
+        CheckpointError: the checkpoint has more or fewer blocks than its config says.
+    """
+    pattern = re.compile(rf"(?:^|\.){re.escape(architecture.block_path)}\.(\d+)\.")
+    outside: list[str] = []
+    by_block: list[list[str]] = [[] for _ in range(architecture.num_blocks)]
+    number_at: dict[str, tuple[int, int]] = {}
+    for name in checkpoint.tensor_names:
+        match = pattern.search(name)
+        if match is None:
+            outside.append(name)
+            continue
+        index = int(match[1])
+        if index >= architecture.num_blocks:
+            continue  # beside the decoder: layers for multi-token prediction come under the next numbers
+        by_block[index].append(name)
+        number_at[name] = match.span(1)
+    empty = [index for index, names in enumerate(by_block) if not names]
+    if empty:
+        raise CheckpointError(
+            f"{checkpoint.name} has no tensors for block {empty[0]} although its config says "
+            f"{architecture.num_blocks} blocks: copy or download the checkpoint again"
+        )
+    return TensorNames(outside=tuple(outside), by_block=tuple(map(tuple, by_block)), _number_at=number_at)
+
+
+# --- the server's part ------------------------------------------------------------------------------------------------
+
+
+class Span:
+    """Blocks ``start`` up to ``end`` of a model, ready to run. Made by :func:`load_span`.
+
+    Gradients flow to the hidden states unless the caller forbids it; weights have none.
+    """
+
+    def __init__(
+        self, *, model: PreTrainedModel, architecture: Architecture, start: int, end: int, dtype: torch.dtype
+    ) -> None:
+        self.model = model
+        """Transformers' base model with nothing but the span's blocks; its config is the span's."""
+        self.architecture = architecture
+        self.start = start
+        self.end = end
+        self.dtype = dtype
+
+    @property
+    def num_blocks(self) -> int:
+        return self.end - self.start
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config with the span's number of blocks and per-block lists."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.architecture.hidden_size
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks = self.model.get_submodule(self.architecture.block_path)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights."""
+        return sum(tensor.nbytes for tensor in self.model.state_dict().values())
+
+    def forward(
+        self,
+        hidden_BTH: torch.Tensor,  # noqa: N803
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """Run hidden states through the span's blocks.
+
+        Args:
+            hidden_BTH: on this span's device, in its dtype.
+            attention_mask: [B, P + T], 1 where there is a token and 0 for padding; None where all are tokens.
+            position_ids: [B, T]; None where they go on from the cache's length. Ignored by models without positions.
+            cache: from :meth:`new_cache`, to be read and extended by T tokens; None to keep nothing.
+            kwargs: handed on to the blocks' attention (see ``AttentionInterface`` of Transformers).
+
+        Returns:
+            Hidden states of the same shape and dtype.
+        """
+        output = self.model(
+            inputs_embeds=hidden_BTH,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    __call__ = forward
+
+    def new_cache(self) -> Cache:
+        """An empty attention cache for this span, which keeps all tokens even where the model has windows."""
+        return internals.new_cache()
+
+    def crop(self, cache: Cache, num_tokens: int) -> None:
+        """Forget all but the first ``num_tokens`` tokens of a cache.
+
+        Raises:
+            InvalidRequestError: the cache has fewer.
+        """
+        internals.crop_cache(cache, num_tokens)
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    quantization_config: object | None = None,
+) -> Span:
+    """Load blocks ``start`` up to ``end`` and nothing else; only the files that hold them are opened or downloaded.
+
+    Args:
+        dtype: what to compute in; ``auto`` is the checkpoint's own.
+        attn_implementation: as in Transformers (``sdpa``, ``eager``, or a registered function's name).
+        quantization_config: as in Transformers (``BitsAndBytesConfig``), to quantize while loading.
+
+    Raises:
+        InvalidRequestError: the model has no such span, or no such attention.
+        UnsupportedModelError: the model can't be split.
+        CheckpointError: files are missing or broken, or do not fit the config.
+        DeviceError: there is no such device, or it can't compute in ``dtype``.
+        NotEnoughMemoryError: the span does not fit the device.
+    """
+    num_blocks = block_count(checkpoint.config)
+    if not 0 <= start < end <= num_blocks:
+        raise InvalidRequestError(f"{checkpoint.name} has blocks 0 to {num_blocks - 1}: {start}:{end} is no span of it")
+    dtype = resolve_dtype(dtype, checkpoint)
+    device = check_device(device, dtype)
+    architecture = find_architecture(checkpoint.config)
+    names = tensor_names(checkpoint, architecture)
+    wanted = {
+        names.renumbered(name, index - start): name for index in range(start, end) for name in names.by_block[index]
+    }
+    num_bytes = checkpoint.fetch(wanted.values())
+
+    def cut(model: PreTrainedModel) -> None:
+        internals.cut(model, architecture.block_path, start, end)
+
+    model, _ = internals.load(
+        internals.make_subclass(architecture.base_class, cut),
+        checkpoint,
+        checkpoint.config,
+        checkpoint.lazy(wanted, num_bytes=num_bytes),
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
+    model.__class__ = architecture.base_class
+    model.requires_grad_(False)
+    model.eval()
+    release_memory()
+    return Span(model=model, architecture=architecture, start=start, end=end, dtype=dtype)
+
+
+# --- the client's part ------------------------------------------------------------------------------------------------
+
+
+def load_client_half(
+    checkpoint: Checkpoint,
+    model_class: type[PreTrainedModel],
+    *,
+    blocks: nn.Module,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a model of ``model_class`` whose blocks are ``blocks``: its embeddings, final norm and head, and no more.
+
+    ``blocks`` is put where the base model has its ``ModuleList``; only that is done to it. The models of Transformers
+    do the following with it, so it must allow it:
+
+    - ``blocks[: config.num_hidden_layers]`` and ``iter(blocks)``, ``enumerate(blocks)``: yield itself, once.
+    - ``len(blocks)``: the true number of blocks, which ``config.num_hidden_layers`` also stays.
+    - ``blocks(hidden, attention_mask=..., past_key_values=..., position_ids=..., position_embeddings=..., ...)``, as
+      the family's block is called (also positionally): returns hidden states of the same shape, in a tuple whose
+      element 0 they are where ``find_architecture(config).blocks_return_tuples``.
+    - attributes of a block that some families read: ``attention_type``.
+
+    Weights of the head that the checkpoint lacks (``score`` of a classifier) are initialised as Transformers does, and
+    a warning is logged. ``config`` overrides the checkpoint's own (labels of a classifier, say); it is not changed.
+
+    Raises:
+        Errors as in :func:`load_span`.
+    """
+    dtype = resolve_dtype(dtype, checkpoint)
+    device = check_device(device, dtype)
+    config = checkpoint.config if config is None else config
+    architecture = find_architecture(config)
+    names = tensor_names(checkpoint, architecture)
+    tensors = checkpoint.lazy({name: name for name in names.outside})
+
+    def remove_blocks(model: PreTrainedModel) -> None:
+        _set_blocks(model, architecture, nn.ModuleList())
+        internals.drop_tied_twins(model, checkpoint, tensors)
+
+    model, fresh = internals.load(
+        internals.make_subclass(model_class, remove_blocks),
+        checkpoint,
+        config,
+        tensors,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        is_head_optional=True,
+    )
+    model.__class__ = model_class
+    model.config.name_or_path = checkpoint.name
+    # After the loading, so that weights which the blocks bring along are not taken for the checkpoint's.
+    _set_blocks(model, architecture, blocks)
+    if fresh:
+        _log.warning("%s has no %s: initialised anew, to be trained", checkpoint.name, ", ".join(sorted(fresh)))
+    release_memory()
+    return model
+
+
+def _set_blocks(model: PreTrainedModel, architecture: Architecture, blocks: nn.Module) -> None:
+    parent_path, _, attribute = architecture.block_path.rpartition(".")
+    setattr(model.base_model.get_submodule(parent_path), attribute, blocks)
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def check_device(device: torch.device | str, dtype: torch.dtype) -> torch.device:
+    """Make sure that the device exists and multiplies matrices and attends in ``dtype``, by doing it once.
+
+    Raises:
+        DeviceError: it does not.
+    """
+    try:
+        device = torch.device(device)
+        sample = torch.ones(1, 1, 8, 8, dtype=dtype, device=device)
+    except (RuntimeError, AssertionError, ValueError):
+        raise DeviceError(
+            f"there is no device {device} here: use cpu, or check the driver and the torch build"
+        ) from None
+    try:
+        nn.functional.scaled_dot_product_attention(sample, sample @ sample, sample)
+        nn.functional.layer_norm(sample, (8,))
+    except RuntimeError:
+        name = str(dtype).removeprefix("torch.")
+        raise DeviceError(f"{device} can't compute in {name} with this torch: use float32 or bfloat16") from None
+    return device

@@ -1,0 +1,374 @@
+"""The one file that relies on more of Transformers than its documentation promises.
+
+Each function says what it relies on. When an upgrade of Transformers breaks something, it is here that it is mended.
+Read against 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from petals_core.errors import CheckpointError, InvalidRequestError, NotEnoughMemoryError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+    from petals_core.models.checkpoint import Checkpoint, LazyTensor
+
+_ATTENTION_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Layers whose state is keys and values per token, so that a cache can be cut back to any length."""
+
+_loading: Final = threading.Lock()
+
+
+# --- finding the parts ------------------------------------------------------------------------------------------------
+
+
+def base_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that AutoModel would make.
+
+    ``MODEL_MAPPING`` is exported but documented only through ``AutoModel.register``.
+    """
+    from transformers import MODEL_MAPPING
+
+    try:
+        classes: Any = MODEL_MAPPING[type(config)]
+    except KeyError:
+        raise UnsupportedModelError(
+            f"{config.model_type} has no base model in this version of Transformers: choose another model"
+        ) from None
+    return classes[0] if isinstance(classes, (list, tuple)) else classes
+
+
+def check_config(config: PreTrainedConfig, base_class: type[PreTrainedModel]) -> None:
+    """Refuse what can't be split: encoders beside the decoder, state that can't be cut back, per-layer extra inputs.
+
+    ``_is_stateful`` is how Transformers marks models (Mamba and the like) whose cache can't be cropped.
+    """
+    name = config.model_type
+    if config.get_text_config(decoder=True) is not config:
+        raise UnsupportedModelError(
+            f"{name} has parts besides one text decoder and can't be split: choose a text model"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder and can't be split: choose a decoder-only model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"this {name} checkpoint is stored quantized and can't be split: use the unquantized one "
+            "(a server can quantize while it loads)"
+        )
+    if getattr(base_class, "_is_stateful", False):
+        raise UnsupportedModelError(f"{name} keeps a recurrent state, which can't be cut back: choose another model")
+    others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
+    if others:
+        raise UnsupportedModelError(
+            f"{name} has blocks of type {', '.join(sorted(others))}, whose state can't be cut back: "
+            "choose another model"
+        )
+
+
+def build_on_meta(base_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The whole model without memory for its weights."""
+    with torch.device("meta"):
+        return base_class(config)
+
+
+def find_block_path(model: nn.Module, num_blocks: int, name: str) -> str:
+    """Where the list of blocks is inside a base model: ``layers``, ``h``, ``decoder.layers``, ...
+
+    Relies on every decoder keeping its blocks in one ``ModuleList`` of ``num_hidden_layers`` modules of one class.
+    """
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_blocks
+        and not any(part.isdecimal() for part in path.split("."))
+    ]
+    if len(paths) > 1:  # lists beside the blocks, such as one projection per block: the blocks have the most modules
+        sizes = {path: sum(1 for _ in model.get_submodule(path).modules()) for path in paths}
+        paths.sort(key=lambda path: -sizes[path])
+        if sizes[paths[0]] == sizes[paths[1]]:
+            paths = []
+    if not paths:
+        raise UnsupportedModelError(f"{name} can't be split: it has no single list of {num_blocks} decoder blocks")
+    return paths[0]
+
+
+# --- cutting ----------------------------------------------------------------------------------------------------------
+
+
+class Passthrough(nn.Module):
+    """Stands where something touched hidden states on their way into or out of the blocks: returns them as they are."""
+
+    def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return hidden
+
+
+class NoPositions(nn.Module):
+    """Stands for a table of learned positions, which the client has added already: adds nothing.
+
+    Relies on the result being added to the hidden states and nothing else (gpt2, opt).
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros((), dtype=dtype), persistent=False)
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        # Made anew: the buffer is on the meta device while the model is built, and what comes of it is not ours to say.
+        zero: torch.Tensor = self.get_buffer("zero")
+        return torch.zeros((), dtype=zero.dtype, device=zero.device)
+
+
+def neutralize(model: PreTrainedModel, block_path: str) -> None:
+    """Turn everything with weights outside the blocks into a module that leaves hidden states alone.
+
+    Relies on: token embeddings are not called when ``inputs_embeds`` are given; other embeddings are tables of
+    positions whose rows are added to the hidden states; norms and projections map hidden states to hidden states.
+    """
+    tokens = model.get_input_embeddings()
+    owner: nn.Module = model
+    *outer, last = block_path.split(".")
+    for step in [*outer, last]:
+        for name, module in list(owner.named_children()):
+            if name == step or not any(True for _ in module.parameters()):
+                continue
+            setattr(owner, name, _stand_in(model, name, module, tokens))
+        if any(True for _ in owner.parameters(recurse=False)):
+            raise UnsupportedModelError(f"{model.config.model_type} can't be split: it has weights beside its blocks")
+        owner = owner.get_submodule(step)
+
+
+def _stand_in(model: PreTrainedModel, name: str, module: nn.Module, tokens: nn.Module) -> nn.Module:
+    if module is tokens:
+        return Passthrough()
+    if isinstance(module, nn.Embedding):
+        if "pos" in name or name == "wpe":
+            return NoPositions(module.weight.dtype)
+    elif isinstance(module, nn.Linear) or "norm" in type(module).__name__.lower():
+        return Passthrough()
+    raise UnsupportedModelError(
+        f"{model.config.model_type} can't be split: nothing is known about its part {name} ({type(module).__name__})"
+    )
+
+
+def cut(model: PreTrainedModel, block_path: str, start: int, end: int) -> None:
+    """Leave blocks ``start`` up to ``end``, numbered from 0, and nothing else that changes hidden states.
+
+    The blocks are cut from the full list, so that what depends on a block's index in its constructor holds. Relies on
+    blocks finding their place in the cache by ``layer_idx``, and on the model reading ``num_hidden_layers`` and its
+    per-layer lists from the one config object that all modules share.
+    """
+    neutralize(model, block_path)
+    parent_path, _, attribute = block_path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    blocks = list(getattr(parent, attribute))
+    num_blocks = len(blocks)
+    for index, block in enumerate(blocks[start:end]):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index
+    setattr(parent, attribute, nn.ModuleList(blocks[start:end]))
+    slice_config(model.config, num_blocks, start, end)
+
+
+def slice_config(config: PreTrainedConfig, num_blocks: int, start: int, end: int) -> None:
+    """Make a config's per-layer lists (``layer_types``, ``no_rope_layers``, ...) those of the span, in place."""
+    for key, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == num_blocks and "layer" in key:
+            setattr(config, key, value[start:end])
+    config.num_hidden_layers = end - start
+
+
+def make_subclass(base: type[PreTrainedModel], after_init: Callable[[PreTrainedModel], None]) -> type[PreTrainedModel]:
+    """A subclass under the same name whose constructor ends with ``after_init``.
+
+    ``from_pretrained`` builds the model on the meta device by calling its class, and loads whatever the result wants:
+    the only hook between the two is a class of our own. Names and module stay because Transformers looks up losses
+    and weight conversions by them.
+    """
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:  # noqa: N807
+        base.__init__(self, config, *args, **kwargs)
+        after_init(self)
+
+    body = {"__init__": __init__, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), body)
+
+
+def blocks_return_tuples(model: PreTrainedModel, block_path: str, hidden_size: int) -> bool:
+    """Whether the base model takes element 0 of what a block returns, found out by running it without blocks.
+
+    ``model`` is neutralized and on the meta device; its blocks are replaced. A block that returns a tensor of
+    [1, 2, H] where a tuple is wanted makes the model end with [2, H].
+    """
+
+    class Probe(nn.Module):
+        attention_type = "full_attention"
+
+        def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            return hidden
+
+    parent_path, _, attribute = block_path.rpartition(".")
+    setattr(model.get_submodule(parent_path), attribute, nn.ModuleList([Probe()]))
+    config = model.config
+    num_blocks = config.num_hidden_layers
+    slice_config(config, num_blocks, 0, 1)
+    model.to_empty(device="cpu")  # what is left are small buffers, whose values do not matter here
+    hidden = torch.zeros(1, 2, hidden_size)
+    with torch.inference_mode():
+        output = model(inputs_embeds=hidden, use_cache=False, return_dict=True)
+    return int(output.last_hidden_state.ndim) == 2
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet_and_sequential() -> Iterator[None]:
+    """Load one tensor at a time, without Transformers' progress bar and its report of several lines.
+
+    By default Transformers reads all tensors ahead in threads, so that converted weights (fused experts, another dtype)
+    are held beside their sources; ``HF_DEACTIVATE_ASYNC_LOAD`` is its documented switch, read at each load. All three
+    are settings of the process, hence the lock.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    with _loading:
+        variable = "HF_DEACTIVATE_ASYNC_LOAD"
+        before = os.environ.get(variable)
+        verbosity = transformers_logging.get_verbosity()
+        has_bar = transformers_logging.is_progress_bar_enabled()
+        os.environ[variable] = "1"
+        transformers_logging.set_verbosity(max(verbosity, logging.ERROR))
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = before
+            transformers_logging.set_verbosity(verbosity)
+            if has_bar:
+                transformers_logging.enable_progress_bar()
+
+
+def load(
+    model_class: type[PreTrainedModel],
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    tensors: MutableMapping[str, LazyTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None,
+    quantization_config: object | None = None,
+    is_head_optional: bool = False,
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """``from_pretrained`` with a state dict that is read lazily.
+
+    Returns:
+        The model, and the names of weights that the checkpoint lacks and that were initialised as Transformers does.
+
+    Raises:
+        CheckpointError: config and tensors do not fit together.
+        NotEnoughMemoryError: the weights do not fit the device.
+    """
+    arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "state_dict": tensors}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    if quantization_config is not None:
+        arguments["quantization_config"] = quantization_config
+    if checkpoint.generation_config is not None and model_class.can_generate():
+        arguments["generation_config"] = checkpoint.generation_config
+    if device.type != "cpu" or quantization_config is not None:
+        arguments["device_map"] = {"": device}
+    try:
+        with _quiet_and_sequential():
+            loaded: Any = model_class.from_pretrained(None, config=config, **arguments)
+    except torch.OutOfMemoryError:
+        raise NotEnoughMemoryError(f"the weights do not fit the memory of {device}: serve fewer blocks") from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        if "attention" in str(error) and attn_implementation is not None:
+            raise InvalidRequestError(f"{config.model_type} can't use {attn_implementation} attention") from None
+        raise CheckpointError(
+            f"the tensors of {checkpoint.name} do not fit its config ({_first_line(error)}): "
+            "copy or download the checkpoint again"
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    missing = frozenset[str](loaded[1]["missing_keys"])
+    if is_head_optional:
+        prefix = model.base_model_prefix + "."
+        is_base = model.base_model is model
+        required = frozenset(name for name in missing if is_base or name.startswith(prefix))
+    else:
+        required = missing
+    if required:
+        raise CheckpointError(
+            f"{checkpoint.name} lacks {len(required)} tensors that its config asks for, {min(required)} among them: "
+            "copy or download the checkpoint again"
+        )
+    return model, missing
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def drop_tied_twins(model: PreTrainedModel, checkpoint: Checkpoint, tensors: MutableMapping[str, LazyTensor]) -> None:
+    """Forget tensors that are stored twice because they are tied, before both copies are read.
+
+    Relies on ``all_tied_weights_keys`` (set by ``post_init``): each tied name and the name it is tied to. Copies that
+    differ are both left, and Transformers does not tie them.
+    """
+    prefix = model.base_model_prefix + "."
+    for target, source in model.all_tied_weights_keys.items():
+        stored = [
+            next((name for name in (key, key.removeprefix(prefix)) if name in tensors), None)
+            for key in (target, source)
+        ]
+        if stored[0] is not None and stored[1] is not None and stored[0] != stored[1]:
+            names = (tensors[stored[0]].name, tensors[stored[1]].name)
+            if checkpoint.is_same(*names):
+                del tensors[stored[0]]
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def new_cache() -> Cache:
+    """A cache that keeps every token of every block, whatever windows the model has; masks do the windows.
+
+    Without a config ``DynamicCache`` makes plain layers. Its sliding layers forget what leaves the window, which could
+    not be cut back.
+    """
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def crop_cache(cache: Cache, num_tokens: int) -> None:
+    """Forget all but the first ``num_tokens`` tokens.
+
+    ``crop`` took the length to keep, and takes the negative number of tokens to remove; the latter works everywhere.
+    """
+    num_cached = int(cache.get_seq_length())
+    if not 0 <= num_tokens <= num_cached:
+        raise InvalidRequestError(f"{num_tokens} tokens can't be kept of a cache that has {num_cached}")
+    if num_tokens == num_cached:
+        return
+    if num_tokens == 0:
+        cache.reset()
+        return
+    cache.crop(num_tokens - num_cached)
