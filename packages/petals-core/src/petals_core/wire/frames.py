@@ -8,9 +8,8 @@ known to ``petals_core.wire.connection``.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from petals_core.errors import FrameTooLargeError, PetalsError, ProtocolError
 from petals_core.wire.messages import Buffer, Failure, decode_body, encode_body
@@ -64,7 +63,6 @@ PRIORITY_SHIFT: Final = 4
 _PRIORITY_MASK: Final = 0x30
 
 _OF_STREAM = frozenset({FrameType.OPEN, FrameType.DATA, FrameType.CANCEL})
-_OF_CONNECTION = frozenset({FrameType.PING, FrameType.PONG, FrameType.DRAIN, FrameType.CLOSE})
 _SIZES: dict[FrameType, tuple[int, int]] = {
     FrameType.OPEN: (0, 0),
     FrameType.CANCEL: (1, MAX_ERROR_BYTES),
@@ -76,9 +74,11 @@ _SIZES: dict[FrameType, tuple[int, int]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """A checked header: known type, allowed flags, and a length within the bounds of its type."""
+class Header(NamedTuple):
+    """A checked header: known type, allowed flags, and a length within the bounds of its type.
+
+    A tuple, for one is made for every frame.
+    """
 
     length: int
     type: FrameType
