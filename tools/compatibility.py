@@ -1,4 +1,4 @@
-"""Try both ends of the supported range of torch and Transformers: ``python3 tools/compatibility.py [oldest|newest ...]``.
+"""Try both ends of the supported versions of torch and Transformers: ``python3 tools/compatibility.py [END ...]``.
 
 Each end gets an environment of its own under ``.compatibility`` (git-ignored; several gigabytes where the package index
 has torch with CUDA only), with the newest versions of everything else that these two allow. The tests that compare
