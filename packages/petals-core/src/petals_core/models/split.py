@@ -39,6 +39,8 @@ class Architecture:
     """Where the base model keeps its blocks: ``layers``, ``h``, ``decoder.layers``."""
     num_blocks: int
     hidden_size: int
+    block_parameters: tuple[int, ...]
+    """Number of elements in each block's weights, which tells its size before anything is downloaded."""
     blocks_return_tuples: bool
     """Whether the base model takes element 0 of what a block returns (bloom, falcon, mpt) or all of it."""
     has_attention_interface: bool
@@ -66,6 +68,7 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
     blocks = model.get_submodule(block_path)
     assert isinstance(blocks, nn.ModuleList)
     block_class = type(blocks[0])
+    block_parameters = tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks)
     internals.neutralize(model, block_path)
     return Architecture(
         base_class=base_class,
@@ -73,6 +76,7 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
         block_path=block_path,
         num_blocks=num_blocks,
         hidden_size=int(config.hidden_size),
+        block_parameters=block_parameters,
         blocks_return_tuples=internals.blocks_return_tuples(model, block_path, int(config.hidden_size)),
         has_attention_interface=bool(getattr(base_class, "_supports_attention_backend", False)),
     )
@@ -203,6 +207,19 @@ class Span:
         return hidden
 
     __call__ = forward
+
+    def slice(self, start: int, end: int) -> Span:
+        """Blocks ``start`` up to ``end`` of the model, which this span holds, as a span that shares its weights.
+
+        Raises:
+            InvalidRequestError: this span does not hold them.
+        """
+        if not self.start <= start < end <= self.end:
+            raise InvalidRequestError(f"blocks {start}:{end} are not within {self.start}:{self.end}")
+        if (start, end) == (self.start, self.end):
+            return self
+        model = internals.narrow(self.model, self.architecture.block_path, start - self.start, end - self.start)
+        return Span(model=model, architecture=self.architecture, start=start, end=end, dtype=self.dtype)
 
     def new_cache(self) -> Cache:
         """An empty attention cache for this span, which keeps all tokens even where the model has windows."""

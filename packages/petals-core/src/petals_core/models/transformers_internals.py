@@ -6,6 +6,7 @@ Read against 5.17 and 5.23.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
@@ -169,6 +170,27 @@ def cut(model: PreTrainedModel, block_path: str, start: int, end: int) -> None:
     per-layer lists from the one config object that all modules share.
     """
     neutralize(model, block_path)
+    _keep_blocks(model, block_path, start, end)
+
+
+def narrow(model: PreTrainedModel, block_path: str, start: int, end: int) -> PreTrainedModel:
+    """A copy of a cut model with only its blocks ``start`` up to ``end``, which shares all tensors with it.
+
+    Modules and the config are copied because a block knows its place in the cache, and the model its per-layer lists.
+    """
+    shared: list[object] = [*model.parameters(), *model.buffers()]
+    memo: dict[int, object] = {id(tensor): tensor for tensor in shared}
+    left_out = nn.Module()
+    for index, block in enumerate(model.get_submodule(block_path).children()):
+        if not start <= index < end:
+            memo[id(block)] = left_out
+    model = copy.deepcopy(model, memo)
+    _keep_blocks(model, block_path, start, end)
+    return model
+
+
+def _keep_blocks(model: PreTrainedModel, block_path: str, start: int, end: int) -> None:
+    """Drop the other blocks, number those left from 0, and make the config theirs."""
     parent_path, _, attribute = block_path.rpartition(".")
     parent = model.get_submodule(parent_path)
     blocks = list(getattr(parent, attribute))
