@@ -221,7 +221,12 @@ class ListenerHello:
             raise
 
     def refuse(self, error: PetalsError) -> None:
-        """Make ``data_to_send`` give a refusal (too many connections, draining); the hello is over then."""
+        """Make ``data_to_send`` give a refusal (too many connections, draining); the hello is over then.
+
+        Also once ``result`` says who the dialer is, as long as the welcome was not taken.
+        """
+        if self.result is not None and self._to_send:
+            self.result, self._to_send, self._is_over = None, b"", False
         if not self._is_over:
             self._is_over = True
             text = encode_error(error)

@@ -1,0 +1,234 @@
+"""A TCP connection with TLS on it: the one asyncio protocol that both ends of a peer connection use."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from petals_core.errors import PeerConnectionError, PetalsError
+from petals_core.net.tls import TlsChannel
+from petals_core.wire.messages import Buffer
+
+_HIGH_WATER_BYTES = 128 * 1024
+"""What may wait in the transport, where nothing overtakes it any more."""
+_GRACE_S = 1.0
+_MAX_UNREAD_BYTES = 128 * 1024
+
+
+class Link(asyncio.Protocol):
+    """Encrypted bytes to and from one other end.
+
+    It is in the owner's set ``open_links`` while its socket is open. At first the owner awaits ``secured`` and then
+    ``read``s the hello; ``attach`` then hands everything that arrives to callbacks, without a queue between.
+    """
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        open_links: set[Link],
+        *,
+        is_listener: bool,
+        on_made: Callable[[Link], None] | None = None,
+    ) -> None:
+        self.tls = TlsChannel(context, is_listener=is_listener)
+        self.is_paused = False
+        """Whether the transport wants no more bytes for now."""
+        self.remote: tuple[str, int] = ("", 0)
+        """IP address and port of the other end."""
+        self._loop = asyncio.get_running_loop()
+        self._open_links = open_links
+        self._on_made = on_made
+        self._transport: asyncio.Transport | None = None
+        self._lost: asyncio.Future[None] = self._loop.create_future()
+        self._linger: asyncio.TimerHandle | None = None
+        self._error: PetalsError | None = None
+        self._unread = bytearray()
+        self._waiter: asyncio.Future[None] | None = None
+        self._on_data: Callable[[bytes], None] | None = None
+        self._on_writable: Callable[[], None] = lambda: None
+        self._on_lost: Callable[[PetalsError], None] = lambda error: None
+
+    # --- called by the event loop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport = cast(asyncio.Transport, transport)
+        self._transport = transport
+        self._open_links.add(self)
+        transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+        self.remote = (transport.get_extra_info("peername") or ("", 0))[:2]
+        sock = transport.get_extra_info("socket")
+        # The kernel's queue counts as ours: what it has not sent yet can't be overtaken either.
+        with contextlib.suppress(OSError, AttributeError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _HIGH_WATER_BYTES)
+        self._handshake(b"")
+        if self._on_made is not None:
+            self._on_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        tls = self.tls
+        if self._error is not None:
+            return
+        if not tls.is_open:
+            self._handshake(data)
+            data = b""
+            if not tls.is_open or self._error is not None:
+                return
+        try:
+            plaintext = tls.decrypt(data)
+        except PetalsError as error:
+            self._lose(error)
+            return
+        if answer := tls.take_outgoing():
+            self._send(answer)
+        if not plaintext:
+            return
+        if self._on_data is not None:
+            self._on_data(plaintext)
+            return
+        self._unread += plaintext
+        if len(self._unread) > _MAX_UNREAD_BYTES and self._transport is not None:
+            self._transport.pause_reading()
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self.is_paused = True
+
+    def resume_writing(self) -> None:
+        self.is_paused = False
+        self._on_writable()
+
+    def eof_received(self) -> None:
+        self._lose(PeerConnectionError(self._ending("closed the connection")))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._open_links.discard(self)
+        if self._linger is not None:
+            self._linger.cancel()
+        reason = f"lost the connection: {_text(error)}" if error is not None else "closed the connection"
+        self._lose(PeerConnectionError(self._ending(reason)))
+        if not self._lost.done():
+            self._lost.set_result(None)
+
+    # --- called by the owner
+
+    async def secured(self) -> None:
+        """Wait for the end of the TLS handshake.
+
+        Raises:
+            PetalsError: what ``TlsChannel.handshake`` raises; ``PeerConnectionError`` when the connection is lost.
+        """
+        while not self.tls.is_open:
+            await self._change()
+
+    async def read(self) -> bytes:
+        """Return what has arrived, at least one byte. Only before ``attach``, and for one caller at a time.
+
+        Raises:
+            PetalsError: the connection is lost.
+        """
+        while not self._unread:
+            await self._change()
+        content = bytes(self._unread)
+        self._unread.clear()
+        if self._transport is not None:
+            self._transport.resume_reading()
+        return content
+
+    def attach(
+        self,
+        on_data: Callable[[bytes], None],
+        on_writable: Callable[[], None],
+        on_lost: Callable[[PetalsError], None],
+    ) -> None:
+        """Hand what arrives to ``on_data`` from now on, beginning with what has.
+
+        ``on_writable`` is called when ``is_paused`` ends; ``on_lost`` once, when nothing more can be sent or received.
+        """
+        self._on_data, self._on_writable, self._on_lost = on_data, on_writable, on_lost
+        if self._unread:
+            content = bytes(self._unread)
+            self._unread.clear()
+            on_data(content)
+        if self._error is not None:
+            on_lost(self._error)
+        elif self._transport is not None:
+            self._transport.resume_reading()
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        """Send buffers one behind the other, with one call of the kernel where it takes them. Lost links drop them."""
+        if self._error is None:
+            self._send(self.tls.encrypt(buffers[0] if len(buffers) == 1 else b"".join(buffers)))
+
+    def finish(self, grace_s: float = _GRACE_S) -> None:
+        """Close behind what was written, or with a reset when that takes longer than ``grace_s``. Idempotent."""
+        if self._error is None:
+            self._error = PeerConnectionError("the connection was closed on this side")
+            self._wake()
+        if self._transport is not None:
+            self._transport.close()
+            if self._linger is None:
+                self._linger = self._loop.call_later(grace_s, self.abort)
+
+    def abort(self) -> None:
+        """Close at once; what was not sent is lost."""
+        self.finish()
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def close(self, grace_s: float = _GRACE_S) -> None:
+        """``finish``, and wait until the socket is closed."""
+        self.finish(grace_s)
+        if self._transport is not None:
+            await asyncio.shield(self._lost)
+
+    # --- inside
+
+    def _handshake(self, data: bytes) -> None:
+        try:
+            is_over = self.tls.handshake(data)
+        except PetalsError as error:
+            self._send(self.tls.take_outgoing())
+            self._lose(error)
+            return
+        self._send(self.tls.take_outgoing())
+        if is_over:
+            self._wake()
+
+    def _send(self, ciphertext: bytes) -> None:
+        if ciphertext and self._transport is not None:
+            self._transport.write(ciphertext)
+
+    def _lose(self, error: PetalsError) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        self.finish()
+        self._wake()
+        self._on_lost(error)
+
+    def _ending(self, what: str) -> str:
+        return f"the other end {what}" + ("" if self.tls.is_open else " during the TLS handshake")
+
+    async def _change(self) -> None:
+        """Wait until something new has happened."""
+        if self._error is not None:
+            raise self._error
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _text(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
