@@ -70,6 +70,17 @@ class Process:
     def pid(self) -> int:
         return self.popen.pid
 
+    @property
+    def group_is_alive(self) -> bool:
+        """Whether the process, or one that it started, still runs."""
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # the number has gone to somebody else
+            return False
+        return True
+
     def wait_for(self, pattern: re.Pattern[str], timeout_s: float) -> tuple[Line, re.Match[str]]:
         """Return the first line in which ``pattern`` is found.
 
