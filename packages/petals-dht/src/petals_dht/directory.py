@@ -1,0 +1,249 @@
+"""The directory of a swarm: which servers hold which blocks of which model."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from petals_core.addresses import Address
+from petals_core.announcement import Announcement, SignedAnnouncement
+from petals_core.errors import ConfigurationError, InvalidRequestError
+from petals_core.identity import Identity, PeerId
+from petals_core.limits import MAX_ANNOUNCEMENT_LIFETIME_S
+from petals_core.swarm_key import SwarmKey
+from petals_dht.contacts import MODELS_KEY, Contact, model_key, node_id
+from petals_dht.messages import CheckReachable, Reached
+from petals_dht.node import Node, NodeTiming
+from petals_dht.protocol import NodeLimits, Reach
+
+_MAX_CHECKERS = 3
+_CHECK_TIMEOUT_S = 8.0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelSummary:
+    """One model that servers of the swarm have announced."""
+
+    model_name: str
+    fingerprint: str
+    num_blocks: int
+    expires_at_s: float
+    """Unix time; servers renew it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reachability:
+    """What other peers say about this one."""
+
+    observed_host: str | None
+    """Where our datagrams come from, as others see it."""
+    is_reachable: bool | None
+    """Whether somebody could connect to the port; None if nobody could be asked."""
+    reason: str
+    """Why not, in one line; empty if reachable."""
+
+
+class Directory:
+    """Announces servers and finds them. Made by ``start`` (a full node) or ``connect`` (a read-only client).
+
+    All methods may run concurrently and be cancelled at any time.
+    """
+
+    def __init__(self, node: Node, identity: Identity) -> None:
+        self.node = node
+        self.identity = identity
+
+    @classmethod
+    async def connect(
+        cls,
+        initial_peers: Sequence[Address],
+        *,
+        swarm_key: SwarmKey | None = None,
+        timeout_s: float = 20.0,
+        identity: Identity | None = None,
+        timing: NodeTiming | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> Self:
+        """Join as a client, which keeps nothing for others and is in nobody's routing table.
+
+        Raises:
+            ConfigurationError: there are no initial peers.
+            NoPeersError: none of them answered within ``timeout_s``.
+        """
+        if not initial_peers:
+            raise ConfigurationError("no initial peers: give the address of a peer with --initial-peers HOST:PORT")
+        identity = identity or Identity.ephemeral()
+        node = await Node.start(
+            identity,
+            swarm_key=swarm_key,
+            is_client=True,
+            initial_peers=initial_peers,
+            join_timeout_s=timeout_s,
+            timing=timing,
+            clock=clock,
+        )
+        return cls(node, identity)
+
+    @classmethod
+    async def start(
+        cls,
+        identity: Identity,
+        host: str | None = None,
+        port: int = 0,
+        *,
+        sock: socket.socket | None = None,
+        swarm_key: SwarmKey | None = None,
+        is_client: bool = False,
+        initial_peers: Sequence[Address] = (),
+        timeout_s: float = 20.0,
+        reach: Reach | None = None,
+        limits: NodeLimits | None = None,
+        timing: NodeTiming | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> Self:
+        """Start a node, as ``Node.start`` does, and use it.
+
+        Raises:
+            ConfigurationError: the port is in use or the host is not this machine's.
+            NoPeersError: there are initial peers and none of them answered within ``timeout_s``.
+        """
+        node = await Node.start(
+            identity,
+            host,
+            port,
+            sock=sock,
+            swarm_key=swarm_key,
+            is_client=is_client,
+            initial_peers=initial_peers,
+            join_timeout_s=timeout_s,
+            reach=reach,
+            limits=limits,
+            timing=timing,
+            clock=clock,
+        )
+        return cls(node, identity)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Leave the network; what was announced stays until it expires, unless ``withdraw`` took it back."""
+        await self.node.close()
+
+    @property
+    def port(self) -> int:
+        """The UDP port."""
+        return self.node.port
+
+    @property
+    def initial_peers(self) -> tuple[Address, ...]:
+        """The addresses that this node joined by."""
+        return self.node.initial_peers
+
+    def observed_host(self) -> str | None:
+        """The IP address that most peers see our datagrams come from; None if nobody has told."""
+        return self.node.observed_host()
+
+    async def announce(self, signed: SignedAnnouncement) -> int:
+        """Make an announcement known until it expires, in place of earlier ones; returns how many nodes keep it.
+
+        Servers call this again well before the expiry: nobody else does.
+
+        Raises:
+            NoPeersError: no node keeps it.
+        """
+        key = model_key(signed.announcement.fingerprint)
+        if signed.announcement.state == "offline":
+            return await self.node.store(key, signed.encoded)
+        num_kept, _ = await asyncio.gather(
+            self.node.store(key, signed.encoded), self.node.store(MODELS_KEY, signed.encoded)
+        )
+        return num_kept
+
+    async def withdraw(self, announcement: Announcement | SignedAnnouncement) -> int:
+        """Tell that this peer's server has left; from now on nobody finds it. Returns how many nodes know.
+
+        The note stays as long as any earlier announcement may, so that none of them comes back.
+
+        Raises:
+            InvalidRequestError: the announcement was signed by another peer.
+            NoPeersError: no node keeps the note.
+        """
+        if isinstance(announcement, SignedAnnouncement):
+            if announcement.peer_id != self.identity.peer_id:
+                raise InvalidRequestError("only the peer that announced can withdraw")
+            announcement = announcement.announcement
+        # A clock that was set back must not make the note older than what it is to replace.
+        issued_at_s = max(self.node.clock(), announcement.issued_at_s + 1e-3)
+        offline = dataclasses.replace(
+            announcement,
+            state="offline",
+            issued_at_s=issued_at_s,
+            expires_at_s=issued_at_s + MAX_ANNOUNCEMENT_LIFETIME_S,
+            next_delays=(),
+        )
+        return await self.announce(SignedAnnouncement.sign(offline, self.identity))
+
+    async def find_servers(
+        self, fingerprint: str, *, now: float | None = None, timeout_s: float = 10.0
+    ) -> list[SignedAnnouncement]:
+        """The live servers of a model: verified announcements, one per peer, none of servers that have left.
+
+        ``now`` is Unix time; by default the directory's clock says.
+
+        Raises:
+            NoPeersError: no node of the swarm answers.
+        """
+        now_s = self.node.clock() if now is None else now
+        found = await self.node.find(model_key(fingerprint), timeout_s=timeout_s)
+        return [
+            signed
+            for signed in found
+            if signed.announcement.expires_at_s > now_s and signed.announcement.state != "offline"
+        ]
+
+    async def list_models(self, *, now: float | None = None, timeout_s: float = 10.0) -> list[ModelSummary]:
+        """The models that servers have announced, by name; their last server may have left since.
+
+        Raises:
+            NoPeersError: no node of the swarm answers.
+        """
+        now_s = self.node.clock() if now is None else now
+        announcements = [signed.announcement for signed in await self.node.find(MODELS_KEY, timeout_s=timeout_s)]
+        return sorted(
+            ModelSummary(entry.model_name, entry.fingerprint, entry.num_blocks, entry.expires_at_s)
+            for entry in announcements
+            if entry.expires_at_s > now_s
+        )
+
+    async def check_reachable(self, port: int, peer_id: PeerId) -> Reachability:
+        """Let up to three peers try to connect to this machine at TCP ``port`` and to meet ``peer_id`` there."""
+        nearest = await self.node.nearest_nodes(node_id(peer_id))
+
+        async def ask(contact: Contact, token: bytes) -> Reached | None:
+            answer = await self.node.protocol.call(
+                contact.address,
+                CheckReachable(token=token, port=port, peer_id=peer_id.digest),
+                destination=contact.id,
+                timeout_s=_CHECK_TIMEOUT_S,
+                num_attempts=1,
+            )
+            return answer.response if answer is not None and isinstance(answer.response, Reached) else None
+
+        answers = await asyncio.gather(*(ask(contact, token) for contact, token in nearest[:_MAX_CHECKERS]))
+        tried = [answer for answer in answers if answer is not None and answer.is_reachable is not None]
+        observed = self.observed_host()
+        if any(answer.is_reachable for answer in tried):
+            return Reachability(observed, True, "")
+        if tried:
+            return Reachability(observed, False, tried[0].reason)
+        refusals = [answer.reason for answer in answers if answer is not None]
+        return Reachability(observed, None, refusals[0] if refusals else "no other peer could be asked")

@@ -1,0 +1,400 @@
+"""One node of the swarm's distributed hash table."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from petals_core.addresses import Address
+from petals_core.announcement import SignedAnnouncement
+from petals_core.errors import InvalidAnnouncementError, NoPeersError
+from petals_core.identity import Identity
+from petals_core.swarm_key import SwarmKey
+from petals_dht.contacts import Contact, distance, may_be_told, node_id, unpack_contacts
+from petals_dht.crawl import Crawl
+from petals_dht.datagrams import DatagramSeal, ReplayWindow
+from petals_dht.messages import Find, FindNode, Found, Nodes, Ping, Store, Stored
+from petals_dht.protocol import Answer, DirectoryProtocol, NodeLimits, Reach
+from petals_dht.reading import read_pages
+from petals_dht.sockets import bind_udp, families_of, resolve
+from petals_dht.storage import Storage, StorageLimits
+
+log = logging.getLogger(__name__)
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+_MIN_PATIENCE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeTiming:
+    """How long a node waits."""
+
+    attempt_timeout_s: float = 1.5
+    """How long one datagram may stay unanswered."""
+    num_attempts: int = 2
+    maintenance_interval_s: float = 60.0
+    """Between two rounds of sweeping, of pinging contacts that are silent and of going back to the initial peers."""
+    silence_s: float = 120.0
+    """A contact that has not answered for so long is pinged."""
+
+
+class Node:
+    """A UDP node: keeps announcements for others, and finds and stores them. Made by ``start``, ended by ``close``.
+
+    A client (``is_client``) does the latter only: it answers nobody, keeps nothing and is in nobody's routing table.
+    """
+
+    def __init__(
+        self,
+        protocol: DirectoryProtocol,
+        transport: asyncio.DatagramTransport,
+        *,
+        port: int,
+        storage: Storage,
+        initial_peers: Sequence[Address],
+        limits: NodeLimits,
+        timing: NodeTiming,
+        clock: Callable[[], float],
+    ) -> None:
+        self.protocol = protocol
+        self.port = port
+        self.storage = storage
+        self.initial_peers = tuple(initial_peers)
+        self.clock = clock
+        self._transport = transport
+        self._limits = limits
+        self._timing = timing
+        self._refreshing = asyncio.Lock()
+
+    @classmethod
+    async def start(
+        cls,
+        identity: Identity,
+        host: str | None = None,
+        port: int = 0,
+        *,
+        sock: socket.socket | None = None,
+        swarm_key: SwarmKey | None = None,
+        is_client: bool = False,
+        initial_peers: Sequence[Address] = (),
+        join_timeout_s: float = 20.0,
+        reach: Reach | None = None,
+        limits: NodeLimits | None = None,
+        storage_limits: StorageLimits | None = None,
+        timing: NodeTiming | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> Self:
+        """Listen on UDP ``host:port`` (or on ``sock``, a bound UDP socket that is closed with the node) and join.
+
+        Without initial peers the node is the first of a swarm. ``host`` None is every address of the machine.
+        ``clock`` gives Unix time in seconds. ``reach`` lets the node check for others whether they can be reached.
+
+        Raises:
+            ConfigurationError: the port is in use or the host is not this machine's.
+            NoPeersError: none of the initial peers answered within ``join_timeout_s``.
+        """
+        limits, timing = limits or NodeLimits(), timing or NodeTiming()
+        if sock is None:
+            sock = bind_udp(host, port)
+        bound_port: int = sock.getsockname()[1]
+        families = families_of(sock)
+        own = Contact(node_id(identity.peer_id), "", bound_port)
+        storage = Storage(storage_limits)
+        window = ReplayWindow(started_at_s=clock())
+        try:
+            transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(
+                lambda: DirectoryProtocol(
+                    own,
+                    storage,
+                    DatagramSeal(own.id, swarm_key, window),
+                    is_client=is_client,
+                    is_mapped=families == {4, 6},
+                    families=families,
+                    limits=limits,
+                    attempt_timeout_s=timing.attempt_timeout_s,
+                    num_attempts=timing.num_attempts,
+                    clock=clock,
+                    reach=reach,
+                ),
+                sock=sock,
+            )
+        except BaseException:
+            sock.close()
+            raise
+        node = cls(
+            protocol,
+            transport,
+            port=bound_port,
+            storage=storage,
+            initial_peers=initial_peers,
+            limits=limits,
+            timing=timing,
+            clock=clock,
+        )
+        try:
+            await node.join(timeout_s=join_timeout_s)
+        except BaseException:
+            await node.close()
+            raise
+        protocol.spawn(node._maintain_regularly())
+        return node
+
+    async def close(self) -> None:
+        """Stop at once; nothing is left behind."""
+        await self.protocol.cancel_tasks()
+        self._transport.close()
+        await self.protocol.closed.wait()
+
+    # --- joining and staying ------------------------------------------------------------------------------------------
+
+    async def join(self, *, timeout_s: float) -> None:
+        """Get to know the swarm through the initial peers, asking again until one answers or the time is up.
+
+        Raises:
+            NoPeersError: none answered.
+        """
+        if not self.initial_peers:
+            return
+        reasons: dict[Address, str] = {}
+        try:
+            async with asyncio.timeout(timeout_s):
+                pause_s = _FIRST_PAUSE_S
+                while not await self._greet(self.initial_peers, reasons):
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        except TimeoutError:
+            tried = ", ".join(f"{peer} ({reasons.get(peer, 'no answer')})" for peer in self.initial_peers)
+            raise NoPeersError(
+                f"no initial peer answered within {timeout_s:g} s: {tried}; check that one of them runs, that UDP "
+                "reaches its port, that both sides use the same swarm key or none, and that their clocks agree"
+            ) from None
+        await self.nearest_nodes(self.protocol.own.id)
+
+    async def _greet(self, peers: Iterable[Address], reasons: dict[Address, str]) -> bool:
+        """Ping all at once, by address only; True as soon as one of them is known."""
+        found = asyncio.Event()
+
+        async def greet(address: tuple[str, int]) -> None:
+            answer = await self.protocol.call(address, Ping(), destination=None, timeout_s=0.5, num_attempts=2)
+            if answer is not None:
+                found.set()
+
+        greetings: list[asyncio.Task[None]] = []
+        for peer in peers:
+            addresses = await resolve(peer, self.protocol.families)
+            reasons[peer] = "no answer" if addresses else "no such host"
+            greetings += [asyncio.create_task(greet(address)) for address in addresses]
+        waiting = asyncio.create_task(found.wait())
+        try:
+            pending: set[asyncio.Task[object]] = {*greetings}
+            while pending and not found.is_set():
+                _, pending = await asyncio.wait({*pending, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                pending.discard(waiting)
+        finally:
+            for task in (*greetings, waiting):
+                task.cancel()
+            await asyncio.gather(*greetings, waiting, return_exceptions=True)
+        return found.is_set()
+
+    async def _maintain_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._timing.maintenance_interval_s)
+            await self.maintain()
+
+    async def maintain(self) -> None:
+        """Drop what has expired, ping silent contacts, return to initial peers that were lost, refresh idle buckets."""
+        self.storage.sweep(now_s=self.clock())
+        router = self.protocol.router
+        before_s = asyncio.get_running_loop().time() - self._timing.silence_s
+        silent = [
+            contact for contact in router.contacts() if self.protocol.answered_at_s.get(contact.id, 0.0) <= before_s
+        ]
+        await asyncio.gather(*(self.protocol.call_ping(contact) for contact in silent))
+        known = {contact.address for contact in router.contacts()}
+        lost = [
+            address
+            for peer in self.initial_peers
+            for address in await resolve(peer, self.protocol.families)
+            if address not in known and address[1] != self.port
+        ]
+        was_alone = not len(router)
+        await asyncio.gather(*(self._return_to(address) for address in lost))
+        if was_alone and len(router):
+            await self.nearest_nodes(self.protocol.own.id)
+        for key in self.protocol.get_refresh_ids():
+            await self.nearest_nodes(key)
+
+    async def _return_to(self, address: tuple[str, int]) -> None:
+        """Make ourselves known to an initial peer that has been restarted, say."""
+        answer = await self.protocol.call(address, Ping(), destination=None)
+        if answer is not None:
+            await self.protocol.call_ping(answer.contact)
+
+    # --- searching ----------------------------------------------------------------------------------------------------
+
+    async def nearest_nodes(self, key: bytes) -> list[tuple[Contact, bytes]]:
+        """The nodes nearest to ``key`` that answer, each with its token, the nearest first."""
+        tokens: dict[Contact, bytes] = {}
+
+        async def ask(contact: Contact) -> list[Contact] | None:
+            answer = await self.protocol.call_contact(contact, FindNode(key=key))
+            if answer is None or not isinstance(answer.response, Nodes):
+                return None
+            tokens[contact] = answer.response.token
+            return self._told(answer, answer.response)
+
+        crawl = await self._crawl(key, ask, min_patience_s=self._timing.attempt_timeout_s)
+        return [(contact, tokens[contact]) for contact in crawl.nearest()]
+
+    async def find(self, key: bytes, *, timeout_s: float = 10.0) -> list[SignedAnnouncement]:
+        """All announcements under ``key`` that the nearest nodes keep, verified, the winner of each slot.
+
+        What was found when the time is up is returned.
+
+        Raises:
+            NoPeersError: no other node answered, though there should be some.
+        """
+        if not len(self.protocol.router) and self.initial_peers:
+            await self.join(timeout_s=timeout_s)
+        found = Storage()
+        for signed in self.storage.announcements(key, now_s=self.clock()):
+            self._collect(found, key, signed.encoded, "127.0.0.1")
+        pages: dict[Contact, Found] = {}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._find(key, found, pages)
+        if not pages and self.initial_peers:
+            raise NoPeersError("no node of the swarm answers any more: check the network connection")
+        return found.announcements(key, now_s=self.clock())
+
+    async def _find(self, key: bytes, found: Storage, pages: dict[Contact, Found]) -> None:
+        async def ask(contact: Contact) -> list[Contact] | None:
+            answer = await self.protocol.call_contact(contact, Find(key=key))
+            if answer is None or not isinstance(answer.response, Found):
+                return None
+            pages[contact] = answer.response
+            for encoded in answer.response.entries:
+                self._collect(found, key, encoded, contact.host)
+            return self._told(answer, answer.response)
+
+        crawl = await self._crawl(key, ask, min_patience_s=_MIN_PATIENCE_S)
+        own_digest = self.storage.page(key, now_s=self.clock(), max_bytes=0).digest
+        holders: dict[bytes, list[Contact]] = {}
+        for contact in crawl.nearest():
+            page = pages[contact]
+            if page.next is not None and page.digest != own_digest:
+                holders.setdefault(page.digest, []).append(contact)
+        await read_pages(
+            self.protocol,
+            key,
+            {digest: [(contact, pages[contact]) for contact in contacts] for digest, contacts in holders.items()},
+            lambda contact, encoded: self._collect(found, key, encoded, contact.host),
+        )
+
+    def _collect(self, found: Storage, key: bytes, encoded: bytes, host: str) -> None:
+        """Add an entry that somebody gave us, if it is worth anything."""
+        try:
+            found.store(key, encoded, source_host=host, now_s=self.clock())
+        except InvalidAnnouncementError:
+            self.protocol.dropped["announcement"] += 1
+
+    async def store(self, key: bytes, encoded: bytes) -> int:
+        """Keep an announcement at the nodes nearest to ``key``; returns how many keep it.
+
+        Raises:
+            NoPeersError: no node keeps it.
+        """
+        nearest = await self.nearest_nodes(key)
+        num_kept = 0
+        is_near = len(nearest) < self._limits.bucket_size or (
+            distance(self.protocol.own.id, key) < distance(nearest[-1][0].id, key)
+        )
+        if not self.protocol.is_client and is_near:
+            self.storage.store(key, encoded, source_host="127.0.0.1", now_s=self.clock())
+            num_kept += 1
+
+        async def store_at(contact: Contact, token: bytes) -> str | None:
+            answer = await self.protocol.call_contact(contact, Store(key=key, token=token, entry=encoded))
+            if answer is None or not isinstance(answer.response, Stored):
+                return "no answer"
+            return None if answer.response.is_kept else answer.response.reason
+
+        reasons = await asyncio.gather(*(store_at(contact, token) for contact, token in nearest))
+        num_kept += reasons.count(None)
+        if not num_kept:
+            refusals = Counter(reason for reason in reasons if reason)
+            why = refusals.most_common(1)[0][0] if refusals else "none answers"
+            raise NoPeersError(f"no node of the swarm keeps the announcement: {why}")
+        return num_kept
+
+    async def _crawl(
+        self,
+        key: bytes,
+        ask: Callable[[Contact], Awaitable[list[Contact] | None]],
+        *,
+        min_patience_s: float,
+    ) -> Crawl:
+        """Search for the nodes nearest to ``key``.
+
+        Once somebody has answered, a node that takes several times as long as the slowest so far, and at least
+        ``min_patience_s``, holds up nobody: its answer is left out.
+        """
+        loop = asyncio.get_running_loop()
+        seeds = self.protocol.router.nearest(key, self._limits.bucket_size)
+        crawl = Crawl(key, seeds, own_id=self.protocol.own.id, width=self._limits.bucket_size)
+        under_way: dict[asyncio.Task[list[Contact] | None], tuple[Contact, float]] = {}
+        slowest_s: float | None = None
+        try:
+            while not crawl.is_done:
+                for contact in crawl.take():
+                    under_way[asyncio.ensure_future(ask(contact))] = (contact, loop.time())
+                patience_s = None if slowest_s is None else max(min_patience_s, 4 * slowest_s)
+                oldest_s = min(asked_at_s for _, asked_at_s in under_way.values())
+                timeout_s = None if patience_s is None else max(0.0, oldest_s + patience_s - loop.time())
+                done, _ = await asyncio.wait(under_way, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    contact, asked_at_s = under_way.pop(task)
+                    contacts = task.result()
+                    if contacts is None:
+                        crawl.failed(contact)
+                    else:
+                        crawl.answered(contact, contacts)
+                        slowest_s = max(slowest_s or 0.0, loop.time() - asked_at_s)
+                if not done and patience_s is not None:
+                    for task, (contact, asked_at_s) in list(under_way.items()):
+                        if loop.time() - asked_at_s >= patience_s:
+                            del under_way[task]
+                            crawl.failed(contact)
+                            self.protocol.spawn(_ignore(task))
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+        return crawl
+
+    def _told(self, answer: Answer, response: Nodes | Found) -> list[Contact]:
+        """The contacts in a response that may be asked."""
+        contacts = unpack_contacts(response.contacts_4, response.contacts_6)
+        return [
+            contact
+            for contact in contacts
+            if may_be_told(contact, by=answer.contact.host)
+            and (6 if ":" in contact.host else 4) in self.protocol.families
+        ]
+
+    def observed_host(self) -> str | None:
+        """The host that most others see our datagrams come from; None if nobody has told."""
+        counts = Counter(self.protocol.observed.values())
+        return counts.most_common(1)[0][0] if counts else None
+
+
+async def _ignore(task: asyncio.Task[list[Contact] | None]) -> None:
+    """Wait for an answer that comes too late, so that a dead node leaves the routing table."""
+    await task

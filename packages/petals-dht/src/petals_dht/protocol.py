@@ -1,0 +1,427 @@
+"""Datagrams in and out of one node: requests answered, responses matched, the routing table kept.
+
+The ``kademlia`` package (2.2.3) gives the base class, the buckets and the naming of calls (``rpc_...``). What it does
+with bytes is replaced, because its ``datagram_received`` starts a task for every datagram, garbage raises inside those
+tasks, and a late answer to a cancelled call raises too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+
+from kademlia.protocol import KademliaProtocol
+
+from petals_core.errors import InvalidAnnouncementError
+from petals_core.identity import PeerId
+from petals_core.schema import SchemaError
+from petals_dht import messages
+from petals_dht.contacts import (
+    Contact,
+    normalised_host,
+    pack_contacts,
+    source_group,
+)
+from petals_dht.datagrams import (
+    MAX_BODY_BYTES,
+    NONCE_BYTES,
+    REQUEST_ID_BYTES,
+    Datagram,
+    DatagramError,
+    DatagramSeal,
+    Kind,
+)
+from petals_dht.messages import (
+    PAGE_BYTES,
+    TOKEN_BYTES,
+    CheckReachable,
+    Find,
+    FindNode,
+    Found,
+    Nodes,
+    Ping,
+    Pong,
+    Reached,
+    Request,
+    Response,
+    Store,
+    Stored,
+)
+from petals_dht.rates import Rate, RateLimiter
+from petals_dht.routing import RoutingTable
+from petals_dht.storage import FIRST_SLOT, LAST_SLOT, Storage
+
+log = logging.getLogger(__name__)
+Reach = Callable[[str, int, PeerId], Awaitable[str]]
+"""Connect to (host, port) and check that this peer listens there; returns "" or why not."""
+_FOUND_BYTES = 144
+"""A ``Found`` without entries and contacts."""
+_TOKEN_LIFETIME_S = 300.0
+_MAX_UNSENT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLimits:
+    """Bounds on what a node does for others, per source (an IPv4 address or an IPv6 /64 network) and together."""
+
+    bucket_size: int = 20
+    """Kademlia's k: contacts per bucket, and nodes that keep an announcement."""
+    request_rate: Rate = field(default=Rate(per_s=200, burst=2000))
+    store_rate: Rate = field(default=Rate(per_s=50, burst=500))
+    reach_rate: Rate = field(default=Rate(per_s=0.2, burst=5))
+    max_reaches: int = 8
+    """Connections under way at once to check that others can be reached."""
+    max_verifications: int = 64
+    """Newcomers that are pinged at once before they enter the routing table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A response and the node that gave it."""
+
+    contact: Contact
+    response: Response
+    is_client: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    address: tuple[str, int]
+    destination: bytes | None
+    future: asyncio.Future[Answer]
+
+
+class DirectoryProtocol(KademliaProtocol):
+    """One node's end of the network. Nothing that arrives raises; what does not fit is counted in ``dropped``."""
+
+    def __init__(
+        self,
+        own: Contact,
+        storage: Storage,
+        seal: DatagramSeal,
+        *,
+        is_client: bool,
+        is_mapped: bool,
+        families: frozenset[int],
+        limits: NodeLimits,
+        attempt_timeout_s: float,
+        num_attempts: int,
+        clock: Callable[[], float],
+        reach: Reach | None,
+    ) -> None:
+        super().__init__(own, storage, limits.bucket_size)
+        self.router = RoutingTable(own, limits.bucket_size)
+        self.own = own
+        self.is_client = is_client
+        self.families = families
+        self.dropped: Counter[str] = Counter()
+        self.max_sent_bytes = 0
+        self.answered_at_s: dict[bytes, float] = {}
+        """When a contact last answered, by loop time."""
+        self.observed: dict[str, str] = {}
+        """By source group of the observer, the host that it says our datagrams come from."""
+        self.closed = asyncio.Event()
+        self._storage = storage
+        self._seal = seal
+        self._is_mapped = is_mapped
+        self._limits = limits
+        self._attempt_timeout_s = attempt_timeout_s
+        self._num_attempts = num_attempts
+        self._clock = clock
+        self._reach = reach
+        self._loop = asyncio.get_running_loop()
+        self._pending: dict[bytes, _Pending] = {}
+        self._request_rates = RateLimiter(limits.request_rate)
+        self._store_rates = RateLimiter(limits.store_rate)
+        self._reach_rates = RateLimiter(limits.reach_rate)
+        self._token_secret = os.urandom(32)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._verifying: set[bytes] = set()
+        self._num_reaches = 0
+
+    def __getattr__(self, name: str) -> Any:
+        """The package makes a remote call out of every unknown attribute; here a misspelt name is an error."""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    # --- from asyncio -------------------------------------------------------------------------------------------------
+
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        """Take one datagram from anybody."""
+        try:
+            datagram = self._seal.open(data, now_s=self._clock())
+            source = Contact(datagram.sender, normalised_host(addr[0]), addr[1])
+            if datagram.kind is Kind.RESPONSE:
+                self._take_response(datagram, source)
+            else:
+                self._take_request(datagram, source)
+        except DatagramError as error:
+            self.dropped[error.reason] += 1
+        except SchemaError:
+            self.dropped["malformed"] += 1
+
+    def error_received(self, exc: Exception) -> None:
+        """A datagram could not be sent, which the missing answer will tell too."""
+        self.dropped["unsent"] += 1
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set()
+
+    # --- calls to others ----------------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        address: tuple[str, int],
+        request: Request,
+        *,
+        destination: bytes | None,
+        timeout_s: float | None = None,
+        num_attempts: int | None = None,
+    ) -> Answer | None:
+        """Send a request and wait for its response, repeating it if it seems to be lost; None if nobody answers.
+
+        May be cancelled at any time; what arrives later is dropped.
+        """
+        request_id = os.urandom(REQUEST_ID_BYTES)
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._pending[request_id] = _Pending(address, destination, future)
+        body = messages.encode(request)
+        try:
+            for _ in range(num_attempts or self._num_attempts):
+                self._send(Kind.REQUEST, request_id, destination, body, address)
+                done, _ = await asyncio.wait((future,), timeout=timeout_s or self._attempt_timeout_s)
+                if done:
+                    return future.result()
+            return None
+        finally:
+            del self._pending[request_id]
+            future.cancel()
+
+    async def call_contact(self, contact: Contact, request: Request) -> Answer | None:
+        """As ``call``, to a node whose id is known: it enters the routing table if it answers and leaves it if not."""
+        answer = await self.call(contact.address, request, destination=contact.id)
+        if answer is None:
+            self.router.remove(contact)
+            self.answered_at_s.pop(contact.id, None)
+        return answer
+
+    async def call_ping(self, contact: Contact) -> Answer | None:
+        """Ask a known node for a sign of life."""
+        return await self.call_contact(contact, Ping())
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` until it ends or the node closes."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    async def cancel_tasks(self) -> None:
+        """End everything that this node still does."""
+        while self._tasks:
+            tasks = tuple(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the directory failed", exc_info=task.exception())
+
+    def _send(
+        self, kind: Kind, request_id: bytes, destination: bytes | None, body: bytes, address: tuple[str, int]
+    ) -> None:
+        content = self._seal.seal(
+            Datagram(
+                kind=kind,
+                request_id=request_id,
+                sender=self.own.id,
+                destination=destination,
+                is_client=self.is_client,
+                body=body,
+            ),
+            now_s=self._clock(),
+            nonce=os.urandom(NONCE_BYTES),
+        )
+        if self.transport.is_closing() or self.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            self.dropped["unsent"] += 1
+            return
+        self.max_sent_bytes = max(self.max_sent_bytes, len(content))
+        host, port = address
+        self.transport.sendto(content, (f"::ffff:{host}" if self._is_mapped and ":" not in host else host, port))
+
+    def _take_response(self, datagram: Datagram, source: Contact) -> None:
+        pending = self._pending.get(datagram.request_id)
+        if pending is None or pending.future.done() or source.address != pending.address:
+            raise DatagramError("unexpected response")
+        if pending.destination not in (None, source.id):
+            raise DatagramError("unexpected response")
+        response = messages.decode_response(datagram.body)
+        if isinstance(response, Pong | Reached):
+            self._observe(source, response.host)
+        pending.future.set_result(Answer(contact=source, response=response, is_client=datagram.is_client))
+        if not datagram.is_client:
+            self._welcome(source)
+
+    def _observe(self, source: Contact, host: str) -> None:
+        try:
+            self.observed[source_group(source.host)] = normalised_host(host)
+        except ValueError:
+            raise DatagramError("malformed") from None
+        while len(self.observed) > 64:
+            self.observed.pop(next(iter(self.observed)))
+
+    # --- the routing table --------------------------------------------------------------------------------------------
+
+    def _welcome(self, contact: Contact) -> None:
+        """Enter a node that has answered us."""
+        self.answered_at_s[contact.id] = self._loop.time()
+        known = self.router.get(contact.id)
+        if known is not None and known != contact:
+            self._verify(contact)
+            return
+        silent = self.router.add(contact)
+        if silent is not None:
+            self._verify(silent)
+        if len(self.answered_at_s) > 4 * len(self.router) + 64:
+            known_ids = {known.id for known in self.router.contacts()}
+            self.answered_at_s = {key: at for key, at in self.answered_at_s.items() if key in known_ids}
+
+    def _verify(self, contact: Contact) -> None:
+        """Ping a contact, so that it enters the routing table or leaves it.
+
+        Only who answers at its address is ever told to others: the source of a request may be forged, or lie behind a
+        NAT. An id that is known at another address keeps that one as long as it answers there.
+        """
+        if contact.id in self._verifying or len(self._verifying) >= self._limits.max_verifications:
+            return
+        self._verifying.add(contact.id)
+        self.spawn(self._ping_newcomer(contact))
+
+    async def _ping_newcomer(self, contact: Contact) -> None:
+        try:
+            known = self.router.get(contact.id)
+            if known is not None and known != contact and await self.call_ping(known) is not None:
+                return
+            await self.call_ping(contact)
+        finally:
+            self._verifying.discard(contact.id)
+
+    # --- requests of others -------------------------------------------------------------------------------------------
+
+    def _take_request(self, datagram: Datagram, source: Contact) -> None:
+        if self.is_client:
+            raise DatagramError("client")
+        if not self._request_rates.admit(source_group(source.host), now_s=self._loop.time()):
+            raise DatagramError("rate")
+        request = messages.decode_request(datagram.body)
+        if datagram.destination is None and not isinstance(request, Ping):
+            raise DatagramError("no destination")
+        if isinstance(request, CheckReachable):
+            self._start_reach(datagram, source, request)
+        else:
+            self._respond(datagram, source, self._answer(source, request))
+        if datagram.destination is not None and not datagram.is_client and not self.router.knows(source):
+            self._verify(source)
+
+    def _respond(self, datagram: Datagram, source: Contact, response: Response) -> None:
+        body = messages.encode(response)
+        self._send(Kind.RESPONSE, datagram.request_id, datagram.sender, body, source.address)
+
+    def _answer(self, source: Contact, request: Ping | FindNode | Find | Store) -> Response:
+        match request:
+            case Ping():
+                return self.rpc_ping(source)
+            case FindNode():
+                return self.rpc_find_node(source, request)
+            case Find():
+                return self.rpc_find_value(source, request)
+            case Store():
+                return self.rpc_store(source, request)
+            case _:
+                assert_never(request)
+
+    def rpc_ping(self, source: Contact) -> Pong:
+        """Say from where the datagram came."""
+        return Pong(host=source.host, port=source.port, token=self._token(source.host))
+
+    def rpc_find_node(self, source: Contact, request: FindNode) -> Nodes:
+        """The contacts that are nearest to the key, without the one who asks."""
+        contacts_4, contacts_6 = self._nearest(source, request.key)
+        return Nodes(token=self._token(source.host), contacts_4=contacts_4, contacts_6=contacts_6)
+
+    def rpc_find_value(self, source: Contact, request: Find) -> Found:
+        """A page of what is kept here; the first page has the nearest contacts too and what room they leave."""
+        contacts_4, contacts_6 = (b"", b"") if request.after is not None else self._nearest(source, request.key)
+        room = MAX_BODY_BYTES - len(contacts_4) - len(contacts_6) - _FOUND_BYTES
+        page = self._storage.page(
+            request.key,
+            now_s=self._clock(),
+            max_bytes=min(PAGE_BYTES, room),
+            after=request.after or FIRST_SLOT,
+            until=request.until or LAST_SLOT,
+        )
+        return Found(
+            token=self._token(source.host),
+            entries=page.entries,
+            total=page.total,
+            digest=page.digest,
+            next=page.next,
+            contacts_4=contacts_4,
+            contacts_6=contacts_6,
+        )
+
+    def rpc_store(self, source: Contact, request: Store) -> Stored:
+        """Keep an announcement, if it comes from where it says and is sound."""
+        if not self._is_token(request.token, source.host):
+            return Stored(is_kept=False, reason="the token is not from here, or old")
+        if not self._store_rates.admit(source_group(source.host), now_s=self._loop.time()):
+            return Stored(is_kept=False, reason="too many announcements from this address")
+        try:
+            self._storage.store(request.key, request.entry, source_host=source.host, now_s=self._clock())
+        except InvalidAnnouncementError as error:
+            self.dropped["announcement"] += 1
+            return Stored(is_kept=False, reason=error.message[:200])
+        return Stored(is_kept=True)
+
+    def _start_reach(self, datagram: Datagram, source: Contact, request: CheckReachable) -> None:
+        if not self._is_token(request.token, source.host):
+            refusal = "the token is not from here, or old"
+        elif self._reach is None:
+            refusal = "this node makes no connections"
+        elif self._num_reaches >= self._limits.max_reaches or not self._reach_rates.admit(
+            source_group(source.host), now_s=self._loop.time()
+        ):
+            refusal = "too many checks at once"
+        else:
+            self._num_reaches += 1
+            self.spawn(self._try_reach(datagram, source, request, self._reach))
+            return
+        self._respond(datagram, source, Reached(host=source.host, reason=refusal))
+
+    async def _try_reach(self, datagram: Datagram, source: Contact, request: CheckReachable, reach: Reach) -> None:
+        """Connect to the very host that asked, never to another one."""
+        try:
+            reason = await reach(source.host, request.port, PeerId(request.peer_id))
+        finally:
+            self._num_reaches -= 1
+        line = "".join(character if character.isprintable() else " " for character in reason)[:200]
+        self._respond(datagram, source, Reached(host=source.host, is_reachable=not reason, reason=line))
+
+    def _nearest(self, source: Contact, key: bytes) -> tuple[bytes, bytes]:
+        contacts = self.router.nearest(key, self._limits.bucket_size, without=source.id)
+        return pack_contacts(contacts)
+
+    def _token(self, host: str, periods_ago: int = 0) -> bytes:
+        """What proves that the holder receives datagrams at ``host``: valid for 5 to 10 minutes (compare BEP 5)."""
+        period = int(self._loop.time() / _TOKEN_LIFETIME_S) - periods_ago
+        return hmac.digest(self._token_secret, f"{host} {period}".encode(), hashlib.sha256)[:TOKEN_BYTES]
+
+    def _is_token(self, token: bytes, host: str) -> bool:
+        return any(hmac.compare_digest(token, self._token(host, periods_ago)) for periods_ago in (0, 1))
