@@ -33,6 +33,7 @@ from petals_core.wire.events import (
 )
 from petals_core.wire.frames import (
     CONNECTION_CREDIT,
+    DATA,
     FLAG_BEGIN,
     FLAG_END,
     MAX_STREAM_ID,
@@ -242,7 +243,7 @@ class Connection:
         self._keepalive.heard(now)
         try:
             for header, payload in self._reader.feed(data):
-                if header.type is FrameType.DATA:
+                if header.type is DATA:
                     self._receive_data_frame(header, payload, events, now)
                 else:
                     self._receive_control_frame(header, payload, events, now)
@@ -323,8 +324,9 @@ class Connection:
         return stream_id % 2 == self._next_id % 2
 
     def _give_back_lane(self, priority: Priority, cost: int) -> None:
-        self._lanes[lane_of(priority, cost, self._local.stream_credit_bytes)].taken(cost)
-        if any(lane.is_due for lane in self._lanes):
+        lane = self._lanes[lane_of(priority, cost, self._local.stream_credit_bytes)]
+        lane.taken(cost)
+        if lane.is_due:
             credit = CONNECTION_CREDIT.pack(*(lane.collect() for lane in self._lanes))
             self._control.append(encode_frame(FrameType.CREDIT, credit))
 

@@ -13,6 +13,7 @@ from petals_core.errors import ProtocolError
 from petals_core.wire.frames import Priority
 
 NUM_LANES: Final = 2
+_DECODE = Priority.DECODE
 _MESSAGE_OVERHEAD_BYTES = 256
 _ENVELOPE_FACTOR = 16
 """A decoded envelope takes about so many times its encoded bytes (small ints and tuples)."""
@@ -23,9 +24,9 @@ def message_cost(envelope_bytes: int, payload_bytes: int) -> int:
     return _MESSAGE_OVERHEAD_BYTES + _ENVELOPE_FACTOR * envelope_bytes + payload_bytes
 
 
-def lane_of(priority: Priority | int, cost: int, stream_credit_bytes: int) -> int:
-    """Lane 0 for decode steps of ordinary size, so that bulk which nobody takes never blocks them; lane 1 for others."""
-    return 0 if priority == Priority.DECODE and cost <= stream_credit_bytes else 1
+def lane_of(priority: Priority, cost: int, stream_credit_bytes: int) -> int:
+    """Lane 0 for decode steps of ordinary size, so that bulk which nobody takes never blocks them; else lane 1."""
+    return 0 if priority == _DECODE and cost <= stream_credit_bytes else 1
 
 
 class SendAccount:

@@ -55,6 +55,9 @@ MAX_ERROR_BYTES: Final = 4608
 """Largest payload of CANCEL and CLOSE: a ``Failure`` of 1,024 characters of up to 4 bytes, its code and its keys."""
 MAX_STREAM_ID: Final = (1 << 32) - 1
 
+DATA: Final = FrameType.DATA
+"""By itself, for looking up an enum's member takes longer than checking a header."""
+
 FLAG_BEGIN: Final = 0x01
 """The frame holds the head of a message and what follows it."""
 FLAG_END: Final = 0x02
@@ -62,6 +65,8 @@ FLAG_END: Final = 0x02
 PRIORITY_SHIFT: Final = 4
 _PRIORITY_MASK: Final = 0x30
 
+_MAX_PRIORITY = int(Priority.BACKGROUND)
+_PRIORITIES = tuple(Priority)
 _OF_STREAM = frozenset({FrameType.OPEN, FrameType.DATA, FrameType.CANCEL})
 _SIZES: dict[FrameType, tuple[int, int]] = {
     FrameType.OPEN: (0, 0),
@@ -88,7 +93,7 @@ class Header(NamedTuple):
     @property
     def priority(self) -> Priority:
         """The priority of a stream (OPEN) or message (DATA with ``FLAG_BEGIN``)."""
-        return Priority(self.flags >> PRIORITY_SHIFT)
+        return _PRIORITIES[self.flags >> PRIORITY_SHIFT]
 
 
 def encode_frame(kind: FrameType, payload: bytes = b"", *, stream_id: int = 0, flags: int = 0) -> bytes:
@@ -104,9 +109,9 @@ def parse_header(content: Buffer, offset: int = 0, *, max_frame_bytes: int) -> H
         ProtocolError: the type is unknown, a flag is not allowed, or the stream id does not fit the type.
     """
     length, number, flags, stream_id = HEADER.unpack_from(content, offset)
-    if number == FrameType.DATA:
+    if number == DATA:
         _check_data(length, flags, stream_id, max_frame_bytes)
-        return Header(length, FrameType.DATA, flags, stream_id)
+        return Header(length, DATA, flags, stream_id)
     try:
         kind = FrameType(number)
     except ValueError:
@@ -121,7 +126,7 @@ def parse_header(content: Buffer, offset: int = 0, *, max_frame_bytes: int) -> H
     if kind is FrameType.CREDIT and length != (CONNECTION_CREDIT if stream_id == 0 else STREAM_CREDIT).size:
         raise ProtocolError(f"CREDIT frame of {length} bytes on stream {stream_id}")
     if kind is FrameType.OPEN:
-        if flags & ~_PRIORITY_MASK or flags >> PRIORITY_SHIFT > Priority.BACKGROUND:
+        if flags & ~_PRIORITY_MASK or flags >> PRIORITY_SHIFT > _MAX_PRIORITY:
             raise ProtocolError(f"OPEN frame with flags {flags:#04x}")
     elif flags:
         raise ProtocolError(f"{kind.name} frame with flags {flags:#04x}")
@@ -134,7 +139,7 @@ def _check_data(length: int, flags: int, stream_id: int, max_frame_bytes: int) -
     if stream_id == 0:
         raise ProtocolError("DATA frame on stream 0")
     if flags & FLAG_BEGIN:
-        if flags & ~(_PRIORITY_MASK | FLAG_BEGIN | FLAG_END) or flags >> PRIORITY_SHIFT > Priority.BACKGROUND:
+        if flags & ~(_PRIORITY_MASK | FLAG_BEGIN | FLAG_END) or flags >> PRIORITY_SHIFT > _MAX_PRIORITY:
             raise ProtocolError(f"DATA frame with flags {flags:#04x}")
         if length < HEAD_BYTES:
             raise ProtocolError(f"a message begins with a frame of only {length} bytes")

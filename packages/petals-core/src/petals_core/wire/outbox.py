@@ -10,20 +10,21 @@ from petals_core.errors import FrameTooLargeError
 from petals_core.limits import WireLimits
 from petals_core.wire.credit import NUM_LANES, SendAccount, lane_of, message_cost
 from petals_core.wire.frames import (
+    DATA,
     FLAG_BEGIN,
     FLAG_END,
     HEAD,
+    HEAD_BYTES,
     HEADER,
     HEADER_BYTES,
     PRIORITY_SHIFT,
-    FrameType,
     Priority,
 )
 from petals_core.wire.messages import Buffer
 
 MAX_OVERTAKING_FRAMES: Final = 16
 """After so many frames in a row that overtook a lower priority, that one gets a frame."""
-_DATA = int(FrameType.DATA)
+_LAST = len(Priority) - 1
 
 
 class _Item:
@@ -31,9 +32,9 @@ class _Item:
 
     __slots__ = ("buffers", "cost", "has_begun", "has_end", "lane", "left_bytes", "priority")
 
-    def __init__(self, front: bytes, payload: Sequence[memoryview], priority: Priority, cost: int, lane: int) -> None:
-        self.buffers: deque[Buffer] = deque((front, *payload))
-        self.left_bytes = len(front) + sum(map(len, payload))
+    def __init__(self, buffers: deque[Buffer], left_bytes: int, priority: Priority, cost: int, lane: int) -> None:
+        self.buffers = buffers
+        self.left_bytes = left_bytes
         self.priority = priority
         self.cost = cost
         self.lane = lane
@@ -110,21 +111,28 @@ class Outbox:
         queue = self._queues[stream_id]
         if priority is None:
             priority = queue.priority
-        payload_views = [view for view in map(_byte_view, payload) if len(view)]
-        payload_bytes = sum(map(len, payload_views))
-        if len(envelope) > self._limits.max_envelope_bytes:
+        buffers: deque[Buffer] = deque()
+        payload_bytes = 0
+        for buffer in payload:
+            view = memoryview(buffer)
+            if view.nbytes:
+                payload_bytes += view.nbytes
+                buffers.append(view if view.format == "B" and view.ndim == 1 else view.cast("B"))
+        envelope_bytes = len(envelope)
+        if envelope_bytes > self._limits.max_envelope_bytes:
             raise FrameTooLargeError(
-                f"the envelope takes {len(envelope)} bytes of at most {self._limits.max_envelope_bytes}: "
+                f"the envelope takes {envelope_bytes} bytes of at most {self._limits.max_envelope_bytes}: "
                 "send fewer rows at once"
             )
-        if len(envelope) + payload_bytes > self._limits.max_message_bytes:
+        if envelope_bytes + payload_bytes > self._limits.max_message_bytes:
             raise FrameTooLargeError(
-                f"the message takes {len(envelope) + payload_bytes} bytes, and the peer takes at most "
+                f"the message takes {envelope_bytes + payload_bytes} bytes, and the peer takes at most "
                 f"{self._limits.max_message_bytes}: send fewer tokens at once"
             )
-        cost = message_cost(len(envelope), payload_bytes)
+        buffers.appendleft(HEAD.pack(envelope_bytes, payload_bytes) + envelope)
+        cost = message_cost(envelope_bytes, payload_bytes)
         lane = lane_of(priority, cost, self._limits.stream_credit_bytes)
-        item = _Item(HEAD.pack(len(envelope), payload_bytes) + envelope, payload_views, priority, cost, lane)
+        item = _Item(buffers, HEAD_BYTES + envelope_bytes + payload_bytes, priority, cost, lane)
         item.has_end = queue.has_end = end
         queue.queued_bytes += item.left_bytes
         queue.items.append(item)
@@ -137,7 +145,7 @@ class Outbox:
         if queue.items:
             queue.items[-1].has_end = True
         else:
-            item = _Item(b"", (), queue.priority, 0, 0)
+            item = _Item(deque(), 0, queue.priority, 0, 0)
             item.has_end = item.has_begun = True
             queue.items.append(item)
             self._schedule(queue)
@@ -204,7 +212,7 @@ class Outbox:
         for priority, line in enumerate(lines):
             if not line:
                 continue
-            if any(lines[priority + 1 :]):
+            if priority < _LAST and any(lines[priority + 1 :]):
                 if self._num_overtaking[priority] == MAX_OVERTAKING_FRAMES:
                     self._num_overtaking[priority] = 0
                     continue
@@ -221,7 +229,7 @@ class Outbox:
         if not item.has_begun:
             item.has_begun = True
             flags |= FLAG_BEGIN | item.priority << PRIORITY_SHIFT
-        header = HEADER.pack(size, _DATA, flags, queue.stream_id)
+        header = HEADER.pack(size, DATA, flags, queue.stream_id)
         if flags & FLAG_BEGIN and len(item.buffers[0]) <= size:
             front = item.buffers.popleft()
             buffers.append(header + front)
@@ -238,9 +246,3 @@ class Outbox:
             buffers.append(buffer)
             wanted -= len(buffer)
         return HEADER_BYTES + size
-
-
-def _byte_view(buffer: Buffer) -> memoryview:
-    """A view whose length is its number of bytes."""
-    view = memoryview(buffer)
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
