@@ -23,6 +23,8 @@ from types import FrameType, TracebackType
 from typing import Self
 
 HOST = "127.0.0.1"
+READY = re.compile(r"^ready\b", re.IGNORECASE)
+"""The line by which a server says that clients can use it."""
 _ADDRESS = re.compile(rf"\b{re.escape(HOST)}:(\d+)\b")
 _STOP_TIMEOUT_S = 10.0
 _TAIL_LINES = 12
@@ -184,9 +186,17 @@ class LocalSwarm:
         arguments += ["--port", "0", "--torch-dtype", "float32", *options]
         return self.start(f"server {span}", "petals-server", *arguments, variables=variables)
 
+    def start_baseline(self, code: str, timeout_s: float = 60.0) -> Process:
+        """Start a Python process that runs ``code`` (imports, say) and then waits, to compare memory with."""
+        process = self._launch("baseline", [sys.executable, "-c", f"{code}\nprint('ready', flush=True)\ninput()"])
+        process.wait_for(READY, timeout_s)
+        return process
+
     def start(self, name: str, program: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Process:
         """Start one of the project's commands."""
-        command = [str(Path(sys.executable).parent / program), *arguments]
+        return self._launch(name, [str(Path(sys.executable).parent / program), *arguments], variables)
+
+    def _launch(self, name: str, command: Sequence[str], variables: Mapping[str, str] | None = None) -> Process:
         own = {"PETALS_DATA_DIR": self._folder.name, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
         process = Process(name, command, {**os.environ, **own, **(variables or {})})
         self.processes.append(process)

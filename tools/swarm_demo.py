@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import defaultdict
@@ -15,13 +14,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from local_swarm import LocalSwarm, Process, ProcessError, spans, stopping_in_order
+from local_swarm import READY, LocalSwarm, Process, ProcessError, spans, stopping_in_order
 from petals_core.errors import PetalsError
 
 if TYPE_CHECKING:
     from petals_client.trace import HopTrace, StepTrace
 
-READY = re.compile(r"^ready\b", re.IGNORECASE)
 START_TIMEOUT_S = 120.0
 EXIT_DIFFERENT = 1
 EXIT_ERROR = 2
