@@ -36,7 +36,7 @@ def enter(*uv_sync_options: str) -> None:
     there already stays, so that tools with different needs share the environment. Ends the process with one line on
     standard error if the environment can't be made.
     """
-    if os.environ.pop(_READY, None) == str(ROOT) and Path(sys.prefix) == ENVIRONMENT:
+    if os.environ.pop(_READY, None) == str(ROOT):
         return
     try:
         python = synchronize(uv_sync_options)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,23 +94,26 @@ def _import_client() -> None:
 
 
 def _await_ready(console: Console, swarm: LocalSwarm, servers: Sequence[Process]) -> None:
-    """Wait until every server has said that it serves, with a table that follows.
+    """Wait until every server has said that it serves: with a table that follows, or in a file with a line for each.
 
     Raises:
         ProcessError: a process ended, or time is up.
     """
     deadline_s = time.monotonic() + START_TIMEOUT_S
     ready_s: dict[str, float] = {}
-    with Live(console=console, refresh_per_second=10) as live:
-        while True:
-            for process in servers:
-                for line in process.lines:
-                    if READY.search(line.text):
-                        ready_s.setdefault(process.name, line.time_s - process.started_s)
-            live.update(_process_table(swarm, servers, ready_s))
-            if len(ready_s) == len(servers):
-                return
+    if not console.is_terminal:
+        console.print(f"bootstrap at {swarm.address}")
+    with Live(console=console, refresh_per_second=10) if console.is_terminal else nullcontext() as live:
+        while len(ready_s) < len(servers):
             swarm.check()
+            for process in servers:
+                found = next((line for line in tuple(process.lines) if READY.search(line.text)), None)
+                if found is not None and process.name not in ready_s:
+                    ready_s[process.name] = found.time_s - process.started_s
+                    if live is None:
+                        console.print(f"{process.name} ready after {ready_s[process.name]:.1f} s")
+            if live is not None:
+                live.update(_process_table(swarm, servers, ready_s))
             if time.monotonic() > deadline_s:
                 late = ", ".join(process.name for process in servers if process.name not in ready_s)
                 raise ProcessError(f"not ready after {START_TIMEOUT_S:.0f} s: {late}")
