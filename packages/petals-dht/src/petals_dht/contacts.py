@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import ipaddress
 from collections.abc import Iterable
@@ -50,6 +51,18 @@ def distance(left: bytes, right: bytes) -> int:
     return int.from_bytes(left, "big") ^ int.from_bytes(right, "big")
 
 
+@functools.lru_cache(maxsize=8192)
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Parse an IP address. Remembered, since everything that goes in or out names hosts."""
+    return ipaddress.ip_address(host)
+
+
+@functools.lru_cache(maxsize=8192)
+def _unpacked_host(packed: bytes) -> str:
+    return normalised_host(str(ipaddress.ip_address(packed)))
+
+
+@functools.lru_cache(maxsize=8192)
 def normalised_host(host: str) -> str:
     """The one text form of an IP address: v4-mapped IPv6 becomes IPv4, scope ids go.
 
@@ -62,9 +75,10 @@ def normalised_host(host: str) -> str:
     return str(ip)
 
 
+@functools.lru_cache(maxsize=8192)
 def source_group(host: str) -> str:
     """Whom a host's use is charged to: an IPv4 address, or the /64 network of an IPv6 address."""
-    ip = ipaddress.ip_address(host)
+    ip = _ip(host)
     return host if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
@@ -73,17 +87,22 @@ def may_be_told(contact: Contact, *, by: str) -> bool:
 
     Nobody else's word makes us send to this very machine, to a wildcard or to a group of hosts.
     """
-    ip = ipaddress.ip_address(contact.host)
-    if ip.is_unspecified or ip.is_multicast or ip.is_link_local or contact.port == 0:
+    return contact.port != 0 and _is_host_told(contact.host, by)
+
+
+@functools.lru_cache(maxsize=8192)
+def _is_host_told(host: str, by: str) -> bool:
+    ip = _ip(host)
+    if ip.is_unspecified or ip.is_multicast or ip.is_link_local:
         return False
-    return not ip.is_loopback or ipaddress.ip_address(by).is_loopback
+    return not ip.is_loopback or _ip(by).is_loopback
 
 
 def pack_contacts(contacts: Iterable[Contact]) -> tuple[bytes, bytes]:
     """The compact forms (compare BEP 5 and BEP 32): 26 bytes for each IPv4 contact, 38 for each IPv6 contact."""
     packed_4, packed_6 = bytearray(), bytearray()
     for contact in contacts:
-        ip = ipaddress.ip_address(contact.host)
+        ip = _ip(contact.host)
         packed = packed_4 if ip.version == 4 else packed_6
         packed += contact.id + ip.packed + contact.port.to_bytes(_PORT_BYTES, "big")
     return bytes(packed_4), bytes(packed_6)
@@ -95,6 +114,6 @@ def unpack_contacts(packed_4: bytes, packed_6: bytes) -> list[Contact]:
     for packed, size in ((packed_4, _PACKED_4), (packed_6, _PACKED_6)):
         for start in range(0, len(packed) - size + 1, size):
             entry = packed[start : start + size]
-            host = normalised_host(str(ipaddress.ip_address(entry[ID_BYTES:-_PORT_BYTES])))
+            host = _unpacked_host(entry[ID_BYTES:-_PORT_BYTES])
             contacts.append(Contact(entry[:ID_BYTES], host, int.from_bytes(entry[-_PORT_BYTES:], "big")))
     return contacts

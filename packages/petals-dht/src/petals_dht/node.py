@@ -25,6 +25,7 @@ from petals_dht.protocol import Answer, DirectoryProtocol, NodeLimits, Reach
 from petals_dht.reading import read_pages
 from petals_dht.sockets import bind_udp, families_of, resolve
 from petals_dht.storage import Storage, StorageLimits
+from petals_dht.verification import Verifier
 
 log = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.1
@@ -58,6 +59,7 @@ class Node:
         *,
         port: int,
         storage: Storage,
+        verifier: Verifier,
         initial_peers: Sequence[Address],
         limits: NodeLimits,
         timing: NodeTiming,
@@ -68,6 +70,7 @@ class Node:
         self.storage = storage
         self.initial_peers = tuple(initial_peers)
         self.clock = clock
+        self._verifier = verifier
         self._transport = transport
         self._limits = limits
         self._timing = timing
@@ -106,7 +109,8 @@ class Node:
         bound_port: int = sock.getsockname()[1]
         families = families_of(sock)
         own = Contact(node_id(identity.peer_id), "", bound_port)
-        storage = Storage(storage_limits)
+        verifier = Verifier()
+        storage = Storage(storage_limits, verifier)
         window = ReplayWindow(started_at_s=clock())
         try:
             transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(
@@ -133,6 +137,7 @@ class Node:
             transport,
             port=bound_port,
             storage=storage,
+            verifier=verifier,
             initial_peers=initial_peers,
             limits=limits,
             timing=timing,
@@ -263,7 +268,7 @@ class Node:
         """
         if not len(self.protocol.router) and self.initial_peers:
             await self.join(timeout_s=timeout_s)
-        found = Storage()
+        found = Storage(verifier=self._verifier)
         for signed in self.storage.announcements(key, now_s=self.clock()):
             self._collect(found, key, signed.encoded, "127.0.0.1")
         pages: dict[Contact, Found] = {}
@@ -306,17 +311,18 @@ class Node:
             self.protocol.dropped["announcement"] += 1
 
     async def store(self, key: bytes, encoded: bytes) -> int:
-        """Keep an announcement at the nodes nearest to ``key``; returns how many keep it.
+        """Keep an announcement at the nodes nearest to ``key``; returns how many keep it, this one included.
 
         Raises:
-            NoPeersError: no node keeps it.
+            NoPeersError: no other node keeps it, though there should be some.
         """
         nearest = await self.nearest_nodes(key)
         num_kept = 0
         is_near = len(nearest) < self._limits.bucket_size or (
             distance(self.protocol.own.id, key) < distance(nearest[-1][0].id, key)
         )
-        if not self.protocol.is_client and is_near:
+        is_kept_here = is_near and not self.protocol.is_client
+        if is_kept_here:
             self.storage.store(key, encoded, source_host="127.0.0.1", now_s=self.clock())
             num_kept += 1
 
@@ -328,7 +334,7 @@ class Node:
 
         reasons = await asyncio.gather(*(store_at(contact, token) for contact, token in nearest))
         num_kept += reasons.count(None)
-        if not num_kept:
+        if num_kept == 0 or (num_kept == 1 and is_kept_here and self.initial_peers):
             refusals = Counter(reason for reason in reasons if reason)
             why = refusals.most_common(1)[0][0] if refusals else "none answers"
             raise NoPeersError(f"no node of the swarm keeps the announcement: {why}")

@@ -64,6 +64,9 @@ Reach = Callable[[str, int, PeerId], Awaitable[str]]
 _FOUND_BYTES = 144
 """A ``Found`` without entries and contacts."""
 _TOKEN_LIFETIME_S = 300.0
+_MAX_CALLS = 64
+"""Requests that a node has under way at once."""
+_MAX_ATTEMPT_TIMEOUT_S = 6.0
 _MAX_UNSENT_BYTES = 1 << 20
 
 
@@ -137,6 +140,8 @@ class DirectoryProtocol(KademliaProtocol):
         self._clock = clock
         self._reach = reach
         self._loop = asyncio.get_running_loop()
+        self._calls = asyncio.Semaphore(_MAX_CALLS)
+        self._recent_rtt_s = 0.0
         self._pending: dict[bytes, _Pending] = {}
         self._request_rates = RateLimiter(limits.request_rate)
         self._store_rates = RateLimiter(limits.store_rate)
@@ -186,17 +191,33 @@ class DirectoryProtocol(KademliaProtocol):
     ) -> Answer | None:
         """Send a request and wait for its response, repeating it if it seems to be lost; None if nobody answers.
 
-        May be cancelled at any time; what arrives later is dropped.
+        ``timeout_s`` is per attempt; by default it follows the slowest of the recent answers, so that a machine or
+        network under load is not taken for dead. May be cancelled at any time; what arrives later is dropped.
         """
+        async with self._calls:
+            return await self._call(address, request, destination, timeout_s, num_attempts or self._num_attempts)
+
+    async def _call(
+        self,
+        address: tuple[str, int],
+        request: Request,
+        destination: bytes | None,
+        timeout_s: float | None,
+        num_attempts: int,
+    ) -> Answer | None:
         request_id = os.urandom(REQUEST_ID_BYTES)
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._pending[request_id] = _Pending(address, destination, future)
         body = messages.encode(request)
         try:
-            for _ in range(num_attempts or self._num_attempts):
+            sent_at_s = self._loop.time()
+            for _ in range(num_attempts):
                 self._send(Kind.REQUEST, request_id, destination, body, address)
-                done, _ = await asyncio.wait((future,), timeout=timeout_s or self._attempt_timeout_s)
+                patience_s = min(max(self._attempt_timeout_s, 3 * self._recent_rtt_s), _MAX_ATTEMPT_TIMEOUT_S)
+                done, _ = await asyncio.wait((future,), timeout=timeout_s or patience_s)
                 if done:
+                    if timeout_s is None:
+                        self._recent_rtt_s = max(self._loop.time() - sent_at_s, 0.9 * self._recent_rtt_s)
                     return future.result()
             return None
         finally:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError
 
+_RECEIVE_BUFFER_BYTES = 1 << 20
+
 
 def bind_udp(host: str | None, port: int) -> socket.socket:
     """Return a UDP socket on ``host``; None means every address of this machine, of both families where it has both.
@@ -36,6 +38,8 @@ def bind_udp(host: str | None, port: int) -> socket.socket:
     try:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
+        # Bursts come in when many nodes answer at once; the system gives what it allows.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
         sock.bind(address)
         sock.setblocking(False)
     except OSError as error:

@@ -19,6 +19,7 @@ from petals_core.errors import InvalidAnnouncementError
 from petals_core.limits import MIB
 from petals_dht.contacts import MODELS_KEY, model_key, source_group
 from petals_dht.messages import DIGEST_BYTES, SLOT_BYTES
+from petals_dht.verification import Verifier
 
 FIRST_SLOT = bytes(SLOT_BYTES)
 LAST_SLOT = b"\xff" * SLOT_BYTES
@@ -70,8 +71,6 @@ class _Shelf:
     slots: list[bytes] = field(default_factory=list)
     """Sorted."""
     entries: dict[bytes, _Entry] = field(default_factory=dict)
-    known: set[bytes] = field(default_factory=set)
-    """The encoded forms, so that one that comes again is not verified again."""
     digest: bytes | None = None
     next_expiry_s: float = float("inf")
 
@@ -105,8 +104,9 @@ def wins(new: SignedAnnouncement, old: SignedAnnouncement) -> bool:
 class Storage:
     """Announcements under keys. All times are Unix times in seconds, given by the caller."""
 
-    def __init__(self, limits: StorageLimits | None = None) -> None:
+    def __init__(self, limits: StorageLimits | None = None, verifier: Verifier | None = None) -> None:
         self._limits = limits or StorageLimits()
+        self._verifier = verifier or Verifier()
         self._shelves: dict[bytes, _Shelf] = {}
         self._places: dict[str, dict[tuple[bytes, bytes], None]] = {}
         """Per source the (key, slot) of its entries, the oldest first."""
@@ -123,9 +123,7 @@ class Storage:
             InvalidAnnouncementError: it is malformed, oversized, forged, expired, under a wrong key, or has no room.
         """
         shelf = self._live_shelf(key, now_s)
-        if shelf is not None and encoded in shelf.known:
-            return
-        signed = SignedAnnouncement.decode(encoded, now_s=now_s)
+        signed = self._verifier.decode(encoded, now_s=now_s)
         slot = slot_of(key, signed)
         old = shelf.entries.get(slot) if shelf is not None else None
         if old is not None and not wins(signed, old.signed):
@@ -204,7 +202,6 @@ class Storage:
         shelf = self._shelves.setdefault(key, _Shelf())
         bisect.insort(shelf.slots, slot)
         shelf.entries[slot] = entry
-        shelf.known.add(entry.signed.encoded)
         shelf.digest = None
         shelf.next_expiry_s = min(shelf.next_expiry_s, entry.expires_at_s)
         self._places.setdefault(entry.source, {})[key, slot] = None
@@ -214,7 +211,6 @@ class Storage:
     def _remove(self, key: bytes, slot: bytes) -> None:
         shelf = self._shelves[key]
         entry = shelf.entries.pop(slot)
-        shelf.known.discard(entry.signed.encoded)
         shelf.slots.pop(bisect.bisect_left(shelf.slots, slot))
         shelf.digest = None
         if not shelf.slots:

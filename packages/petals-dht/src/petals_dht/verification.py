@@ -1,0 +1,40 @@
+"""Signatures are checked once, however often an announcement comes by."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from petals_core.announcement import SignedAnnouncement
+from petals_core.errors import InvalidAnnouncementError
+from petals_core.limits import MAX_CLOCK_SKEW_S
+
+
+class Verifier:
+    """``SignedAnnouncement.decode`` with a memory of the last authentic ones.
+
+    A client that looks up the same servers every few seconds so pays only for what is new.
+    """
+
+    def __init__(self, *, max_remembered: int = 4096) -> None:
+        self._max_remembered = max_remembered
+        self._authentic: OrderedDict[bytes, SignedAnnouncement] = OrderedDict()
+
+    def decode(self, encoded: bytes, *, now_s: float) -> SignedAnnouncement:
+        """Read and verify an announcement from an untrusted peer. ``now_s`` is Unix time.
+
+        Raises:
+            InvalidAnnouncementError: it is malformed, oversized, forged, expired, or from the future.
+        """
+        signed = self._authentic.get(encoded)
+        if signed is None:
+            signed = SignedAnnouncement.decode(encoded, now_s=now_s)
+            self._authentic[encoded] = signed
+            if len(self._authentic) > self._max_remembered:
+                self._authentic.popitem(last=False)
+            return signed
+        self._authentic.move_to_end(encoded)
+        if signed.announcement.expires_at_s <= now_s:
+            raise InvalidAnnouncementError("the announcement has expired")
+        if signed.announcement.issued_at_s > now_s + MAX_CLOCK_SKEW_S:
+            raise InvalidAnnouncementError("the announcement is from the future: a clock is wrong")
+        return signed
