@@ -1,8 +1,8 @@
-"""English about Python, collected from the running interpreter's own installation with nothing but the standard library.
+"""English about Python, collected from the running interpreter's installation with nothing but the standard library.
 
-Four kinds of text: the documentation topics behind ``help()``, the docstrings and block comments of the standard library's
-source files, the docstrings of its compiled modules, and the licence. What is collected depends on the interpreter's
-version alone, never on its location, on dictionary order or on installed packages.
+Four kinds of text: the documentation topics behind ``help()``, the docstrings and block comments of the standard
+library's source files, the docstrings of its compiled modules, and the licence. What is collected depends on the
+interpreter's version and build alone, never on its location, on dictionary order or on installed packages.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The yardstick: an n-gram model with interpolated modified Kneser-Ney smoothing.
 
-Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), section 3: three discounts per
-order, by count; all orders below the highest count in how many contexts an n-gram was seen instead of how often; the lowest
-order is interpolated with the uniform distribution.
+Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), section 3: three discounts
+per order, by count; all orders below the highest count after how many different tokens an n-gram was seen instead of
+how often; the lowest order is interpolated with the uniform distribution.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def packed(windows: Tokens) -> Tokens:
 
 def discounts(counts: Tokens) -> Numbers:
     """Return how much to take off a count of 0, 1, 2, and 3 or more: equation 26 of the paper."""
-    first, second, third, fourth = (float(max(1, np.count_nonzero(counts == count))) for count in (1, 2, 3, 4))
+    first, second, third, fourth = (max(1.0, float((counts == count).sum())) for count in (1, 2, 3, 4))
     y = first / (first + 2 * second)
     found = [0.0, 1 - 2 * y * second / first, 2 - 3 * y * third / second, 3 - 4 * y * fourth / third]
-    return np.clip(np.array(found), 0.0, [0.0, 0.99, 1.99, 2.99])
+    return np.array([min(max(value, 0.0), count) for count, value in enumerate(found)])
 
 
 def make_order(keys: Tokens, counts: Tokens) -> Order:

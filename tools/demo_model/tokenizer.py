@@ -60,5 +60,5 @@ def train_tokenizer(texts: Iterable[str], *, num_tokens: int = NUM_TOKENS) -> Pr
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[npt.NDArray[np.int64]]:
     """Return the tokens of each document, from the begin token to the end token."""
-    rows = tokenizer([document.text for document in documents], add_special_tokens=True)["input_ids"]
+    rows = tokenizer([document.text for document in documents], add_special_tokens=True, verbose=False)["input_ids"]
     return [np.array([*row, tokenizer.eos_token_id], dtype=np.int64) for row in rows]
