@@ -1,0 +1,260 @@
+"""The ``petals-server`` command."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+
+# Waiting OpenMP threads sleep instead of spinning: three servers on two cores otherwise spend three times as long on a
+# step as they compute. Must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+
+from petals_core.addresses import Address
+from petals_core.errors import ConfigurationError
+from petals_core.identity import Identity
+from petals_core.swarm_key import SwarmKey
+from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
+from petals_server.config import ServerConfig, parse_blocks
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger("petals_server")
+
+_EARLIER_NAMES: Final = {"--block-indices": "--blocks"}
+_SWITCH_INTERVAL_S: Final = 0.0005
+"""The event loop gets the interpreter from the device's thread after this long; Python's default is ten times that."""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Serve a span of a language model's blocks to a Petals swarm."""
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the Hugging Face hub.")],
+    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm that others join.")] = False,
+    initial_peers: Annotated[
+        list[str] | None,
+        typer.Option("--initial-peers", metavar="HOST:PORT", help="Join the swarm of these peers; may be repeated."),
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option("--blocks", metavar="FIRST:END", help="Serve these blocks, for example 0:4.")
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option("--num-blocks", help="Serve so many blocks, where the swarm needs them most [all that fit]."),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="Address to listen on [all, or this machine only if all peers are on it]."),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", help="TCP and UDP port; 0: a free one [31330, or a free one where that is taken]."),
+    ] = None,
+    announce_host: Annotated[
+        str | None, typer.Option("--announce-host", help="Name or address by which others reach this machine.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    torch_dtype: Annotated[
+        str, typer.Option("--torch-dtype", help="auto (as stored), float32, bfloat16 or float16.")
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", envvar="HF_TOKEN", show_envvar=False, help="Access token of the hub.")
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Folder for downloads from the hub.")] = None,
+    attn_cache_tokens: Annotated[
+        int | None,
+        typer.Option("--attn-cache-tokens", help="Tokens that all sessions may hold together [by free memory]."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads that compute [measured].")] = None,
+    identity: Annotated[
+        Path | None, typer.Option("--identity", help="File with this server's key; made if there is none.")
+    ] = None,
+    swarm_key_file: Annotated[
+        Path | None, typer.Option("--swarm-key-file", help="Key of a private swarm: 64 hexadecimal digits.")
+    ] = None,
+    public_name: Annotated[str, typer.Option("--public-name", help="Shown to everybody in lists of servers.")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more, and show where errors come from.")] = False,
+) -> None:
+    """Serve blocks of MODEL: start a swarm with --new-swarm, or join one with --initial-peers.
+
+    Prints one line with the address by which others join. Ctrl-C lets open sessions end for a while and leaves; a
+    second one leaves at once. Servers can read what passes through them.
+    """
+    peers = parse_connectable_addresses(initial_peers or [], option="--initial-peers")
+    if new_swarm == bool(peers):
+        raise ConfigurationError(
+            "give either --new-swarm, to start a swarm, or --initial-peers HOST:PORT of a running one, to join it"
+        )
+    config = ServerConfig(
+        model=model,
+        initial_peers=peers,
+        blocks=None if blocks is None else parse_blocks(blocks),
+        num_blocks=num_blocks,
+        host=host,
+        port=port,
+        announce_host=announce_host,
+        device=device,
+        torch_dtype=torch_dtype,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        swarm_key=None if swarm_key_file is None else SwarmKey.read(swarm_key_file),
+        identity=Identity.default("server") if identity is None else Identity.load(identity),
+        public_name=public_name,
+        cache_tokens=attn_cache_tokens,
+        num_threads=threads,
+    )
+    if _looks_like_path(model) and not (Path(model) / "config.json").is_file():
+        raise ConfigurationError(f"{model} is not a checkpoint: there is no {Path(model) / 'config.json'}")
+    _set_up_logging(verbose=verbose)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    from petals_core.net.loop import run
+
+    run(_serve(config))
+
+
+async def _serve(config: ServerConfig) -> None:
+    """Serve until a signal comes."""
+    from petals_server.server import DRAIN_TIMEOUT_S, Server
+
+    wants_stop = asyncio.Event()
+    is_ready = False
+
+    def on_signal() -> None:
+        if wants_stop.is_set() or not is_ready:
+            # While it loads there is nothing to withdraw, and no way to interrupt the thread that does it.
+            os._exit(EXIT_INTERRUPTED)
+        wants_stop.set()
+
+    _on_signals(on_signal)
+    log.info("note: a server can read whatever passes through it, and so can everybody who runs one")
+    with _LoadingDisplay() as display:
+        server = await Server.start(config, display.report)
+    is_ready = True
+    span = server.model.span
+    print(
+        f"serving {server.model.name} blocks {span.start}:{span.end} · join with --initial-peers {server.address}",
+        flush=True,
+    )
+    await wants_stop.wait()
+    log.info(
+        "leaving the swarm; %d open session(s) may end within %.0f s; Ctrl-C again leaves at once",
+        server.num_sessions,
+        DRAIN_TIMEOUT_S,
+    )
+    await server.stop(DRAIN_TIMEOUT_S)
+
+
+def _on_signals(handler: object) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, handler)  # type: ignore[arg-type]
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))  # type: ignore[arg-type]
+
+
+class _LoadingDisplay:
+    """Progress of reading weights: a bar on a terminal, a line every now and then elsewhere."""
+
+    _LINE_INTERVAL_S: Final = 15.0
+
+    def __init__(self) -> None:
+        self._last_line_s = time.monotonic()
+        console = stderr_console()
+        self._progress = None
+        if console.is_terminal:
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=console, transient=True)
+            self._task = self._progress.add_task("opening", total=None)
+
+    def __enter__(self) -> _LoadingDisplay:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def report(self, what: str, num_bytes_done: int, num_bytes: int) -> None:
+        """Called in the device's thread."""
+        if self._progress is not None:
+            self._progress.update(self._task, description=what.split()[0], completed=num_bytes_done, total=num_bytes)
+        elif num_bytes_done < num_bytes and time.monotonic() - self._last_line_s >= self._LINE_INTERVAL_S:
+            self._last_line_s = time.monotonic()
+            log.info("%s: %d of %d MiB", what.split()[0], num_bytes_done >> 20, num_bytes >> 20)
+
+
+def _set_up_logging(*, verbose: bool) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING,
+    )
+    for name in ("petals_core", "petals_dht", "petals_server"):
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or Path(model).is_dir()
+
+
+def normalize_arguments(arguments: Sequence[str]) -> list[str]:
+    """Accept options as earlier versions of Petals spelled them.
+
+    Underscores in names of options count as hyphens, ``--block_indices`` is ``--blocks``, and ``--initial_peers`` may
+    be followed by several addresses.
+    """
+    result: list[str] = []
+    takes_peers = False
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return result + list(arguments[position:])
+        if argument.startswith("--"):
+            name, separator, value = argument.partition("=")
+            name = name.replace("_", "-")
+            name = _EARLIER_NAMES.get(name, name)
+            result.append(name + separator + value)
+            takes_peers = name == "--initial-peers"
+            is_first = not separator
+        elif takes_peers and (is_first or _is_address(argument)):
+            result += [argument] if is_first else ["--initial-peers", argument]
+            is_first = False
+        else:
+            takes_peers = False
+            result.append(argument)
+    return result
+
+
+def _is_address(text: str) -> bool:
+    try:
+        Address.parse(text)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit."""
+    run_app(partial(app, args=normalize_arguments(sys.argv[1:])))

@@ -1,0 +1,116 @@
+"""What a server is told at start. Values only: the command line is checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from petals_core.addresses import Address
+from petals_core.errors import ConfigurationError
+from petals_core.identity import Identity
+from petals_core.limits import MAX_BLOCKS, MAX_NAME_CHARS
+from petals_core.swarm_key import SwarmKey
+
+DEFAULT_PORT = 31330
+TORCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """Bounds on what clients may take from one server."""
+
+    max_sessions: int = 1024
+    max_sessions_per_peer: int = 64
+    max_idle_s: float = 600.0
+    """Silence after which a session is closed."""
+    max_forward_tokens: int = 32_768
+    """Tokens of one forward request without a session."""
+    max_queued_tokens: int = 262_144
+    """Tokens of all requests that wait for the device; further requests are refused until some are done."""
+    max_turn_tokens: int | None = None
+    """Tokens, pads included, that the device computes in one go before decode steps get their turn; None: by device."""
+    retry_after_s: float = 2.0
+    """What a client that is refused for want of room is told to wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """One server: its model and span, where it listens, and whom it joins.
+
+    Raises:
+        ConfigurationError: values contradict each other.
+    """
+
+    model: str
+    """A folder, or a name on the hub."""
+    initial_peers: tuple[Address, ...] = ()
+    """Peers to join; none starts a new swarm."""
+    blocks: tuple[int, int] | None = None
+    """First block and one past the last; None: chosen by ``num_blocks``."""
+    num_blocks: int | None = None
+    """How many blocks to serve where the swarm needs them most; None: as many as memory holds."""
+    host: str | None = None
+    """Where to listen; None: this machine only if all peers are on it, else all its addresses."""
+    port: int | None = None
+    """TCP and UDP port; 0: a free one; None: 31330, or a free one where that is taken."""
+    announce_host: str | None = None
+    """The host that others connect to; None: found out."""
+    device: str = "auto"
+    torch_dtype: str = "auto"
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    cache_dir: Path | None = None
+    identity: Identity | None = None
+    """None: this user's first one that no running server uses."""
+    swarm_key: SwarmKey | None = None
+    public_name: str = ""
+    cache_tokens: int | None = None
+    """Tokens that the attention caches of all sessions may hold together; None: by free memory."""
+    num_threads: int | None = None
+    """Threads of the device's computing; None: measured."""
+    announce_interval_s: float = 40.0
+    announce_lifetime_s: float = 120.0
+    limits: ServerLimits = ServerLimits()
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None:
+            if self.num_blocks is not None:
+                raise ConfigurationError("--blocks and --num-blocks exclude each other: give one of them")
+            start, end = self.blocks
+            if not 0 <= start < end <= MAX_BLOCKS:
+                raise ConfigurationError(f"blocks {start}:{end} are not a span: give FIRST:END, for example 0:4")
+        if self.num_blocks is not None and not 0 < self.num_blocks <= MAX_BLOCKS:
+            raise ConfigurationError(f"--num-blocks {self.num_blocks} is not between 1 and {MAX_BLOCKS}")
+        if self.port is not None and not 0 <= self.port < 65536:
+            raise ConfigurationError(f"--port {self.port} is not between 0 and 65535")
+        if self.torch_dtype not in TORCH_DTYPES:
+            raise ConfigurationError(f"--torch-dtype {self.torch_dtype} is none of {', '.join(TORCH_DTYPES)}")
+        for option, host in (("--host", self.host), ("--announce-host", self.announce_host)):
+            if host is not None:
+                try:
+                    Address(host, DEFAULT_PORT)
+                except ConfigurationError:
+                    raise ConfigurationError(f"{option} {host!r} is neither a host name nor an IP address") from None
+        if self.announce_host is not None and Address(self.announce_host, DEFAULT_PORT).is_unspecified:
+            raise ConfigurationError(
+                f"--announce-host {self.announce_host}: nobody can connect to a wildcard address; "
+                "give the name or address by which others reach this machine"
+            )
+        if len(self.public_name) > MAX_NAME_CHARS or not self.public_name.isprintable():
+            raise ConfigurationError(f"--public-name takes at most {MAX_NAME_CHARS} printable characters")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise ConfigurationError(f"--attn-cache-tokens {self.cache_tokens} is not positive")
+        if self.num_threads is not None and not 0 < self.num_threads <= 1024:
+            raise ConfigurationError(f"--threads {self.num_threads} is not between 1 and 1024")
+
+
+def parse_blocks(text: str) -> tuple[int, int]:
+    """Read ``FIRST:END``.
+
+    Raises:
+        ConfigurationError: ``text`` has another form.
+    """
+    first, separator, end = text.partition(":")
+    if not separator or not all(part.isascii() and part.isdecimal() and len(part) <= 9 for part in (first, end)):
+        raise ConfigurationError(f"--blocks {text!r} is not a span: give FIRST:END, for example 0:4")
+    return int(first), int(end)

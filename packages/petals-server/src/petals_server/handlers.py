@@ -1,0 +1,280 @@
+"""What a server answers on its streams. Everything a client sends is checked here, before the device sees it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from petals_core.announcement import DTYPES
+from petals_core.errors import (
+    CancelledByPeerError,
+    DeadlineExceededError,
+    DrainingError,
+    InvalidRequestError,
+    PeerConnectionError,
+    PetalsError,
+    ProtocolError,
+    SessionLengthError,
+    WrongModelError,
+)
+from petals_core.models.split import Span
+from petals_core.net.stream import Stream
+from petals_core.tensors.codec import TensorSpec
+from petals_core.wire.frames import Priority
+from petals_core.wire.messages import (
+    Forward,
+    ForwardResult,
+    Info,
+    InfoRequest,
+    Message,
+    OpenSession,
+    SessionOpened,
+    Step,
+    StepResult,
+)
+from petals_server.config import ServerLimits
+from petals_server.engine import Engine, Work
+from petals_server.execution import EncodedStates, ForwardWork, PackedStates, SessionState, StepWork
+from petals_server.loading import ServedModel
+from petals_server.scheduling import Urgency
+from petals_server.sessions import SessionTable
+
+_FIRST_MESSAGE_TIMEOUT_S: Final = 30.0
+_MAX_SPANS: Final = 16
+"""Parts of the span that are kept ready; each costs some Python objects, the weights are shared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFacts:
+    """What a server says of itself besides its model."""
+
+    version: str
+    public_name: str
+
+
+class RequestHandler:
+    """Answers the streams of one server: a listener's handler.
+
+    What it raises the listener tells to the client. When a client vanishes the listener cancels its task, and with that
+    the client's session is closed and its waiting work dropped.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        engine: Engine,
+        sessions: SessionTable,
+        limits: ServerLimits,
+        facts: ServerFacts,
+    ) -> None:
+        self.model = model
+        self.sessions = sessions
+        self.state = "online"
+        self.num_requests = 0
+        """Sessions and forward requests under way."""
+        self._engine = engine
+        self._limits = limits
+        self._facts = facts
+        self._max_turn_tokens = limits.max_turn_tokens or model.max_turn_tokens
+        self._spans: dict[tuple[int, int], Span] = {(model.span.start, model.span.end): model.span}
+
+    async def __call__(self, stream: Stream) -> None:
+        message = await stream.receive(timeout_s=_FIRST_MESSAGE_TIMEOUT_S)
+        request = message.body
+        if isinstance(request, InfoRequest):
+            await stream.send(self.info(), end=True)
+            return
+        if not isinstance(request, (OpenSession, Forward)):
+            raise InvalidRequestError(f"a stream can't begin with {type(request).__name__}: open a session first")
+        if self.state != "online":
+            raise DrainingError("the server is about to stop and takes no new work")
+        self.num_requests += 1
+        try:
+            if isinstance(request, OpenSession):
+                await self._serve_session(stream, request)
+            else:
+                await self._serve_forward(stream, request, message)
+        finally:
+            self.num_requests -= 1
+
+    def info(self) -> Info:
+        """What the server is, and how busy."""
+        model = self.model
+        return Info(
+            model_name=model.name,
+            fingerprint=model.fingerprint,
+            num_blocks=model.num_blocks,
+            start=model.span.start,
+            end=model.span.end,
+            state=self.state,
+            torch_dtype=model.torch_dtype,
+            quantization="none",
+            version=self._facts.version,
+            public_name=self._facts.public_name,
+            cache_tokens_left=self.sessions.cache_tokens_left,
+            num_sessions=len(self.sessions),
+        )
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    async def _serve_session(self, stream: Stream, request: OpenSession) -> None:
+        span = await self._find_span(request.fingerprint, request.start, request.end)
+        reservation = self.sessions.open(stream.peer_id, num_rows=request.num_rows, max_length=request.max_length)
+        try:
+            session = SessionState(span, num_rows=request.num_rows, max_length=request.max_length)
+            await stream.send(SessionOpened(cache_tokens_left=self.sessions.cache_tokens_left))
+            while True:
+                try:
+                    message = await stream.receive(timeout_s=self._limits.max_idle_s)
+                except DeadlineExceededError:
+                    raise DeadlineExceededError(
+                        f"the session was idle for {self._limits.max_idle_s:.0f} s and is closed: open a new one"
+                    ) from None
+                try:
+                    await self._serve_step(stream, session, message)
+                except PetalsError as error:
+                    # A step that was refused before it began has changed nothing, so the session goes on.
+                    if session.is_broken or isinstance(error, (PeerConnectionError, CancelledByPeerError)):
+                        raise
+                    await stream.fail(error, end=False)
+        finally:
+            self.sessions.close(reservation)
+
+    async def _serve_step(self, stream: Stream, session: SessionState, message: Message) -> None:
+        arrived_s = time.monotonic()
+        step = message.body
+        if not isinstance(step, Step):
+            raise InvalidRequestError(f"a session takes steps, not {type(step).__name__}")
+        work = StepWork(
+            session,
+            self.model.threads,
+            check_step(step, message, session),
+            keep=step.keep,
+            row_order=step.row_order,
+            deadline_s=arrived_s + step.deadline_ms / 1000,
+            max_turn_tokens=self._max_turn_tokens,
+        )
+        result = await self._engine.compute(work)
+        stream.priority = Priority.DECODE if work.urgency is Urgency.DECODE else Priority.BULK
+        await stream.send(
+            StepResult(
+                step=step.step,
+                tensors=(result.spec.to_wire(),),
+                queue_us=_microseconds(work.queue_s),
+                compute_us=_microseconds(work.compute_s),
+            ),
+            result.buffers,
+        )
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    async def _serve_forward(self, stream: Stream, request: Forward, message: Message) -> None:
+        arrived_s = time.monotonic()
+        span = await self._find_span(request.fingerprint, request.start, request.end)
+        num_tokens = sum(request.row_tokens)
+        if num_tokens > self._limits.max_forward_tokens:
+            raise InvalidRequestError(
+                f"a request of {num_tokens} tokens is over the {self._limits.max_forward_tokens} that this server "
+                "takes at once: send the rows in several requests"
+            )
+        work: Work[EncodedStates] = ForwardWork(
+            span,
+            self.model.threads,
+            check_states(request, message, span.hidden_size),
+            deadline_s=arrived_s + request.deadline_ms / 1000,
+            max_turn_tokens=self._max_turn_tokens,
+        )
+        result = await self._engine.compute(work)
+        await stream.send(
+            ForwardResult(
+                tensors=(result.spec.to_wire(),),
+                queue_us=_microseconds(work.queue_s),
+                compute_us=_microseconds(work.compute_s),
+            ),
+            result.buffers,
+            end=True,
+        )
+
+    async def _find_span(self, fingerprint: str, start: int, end: int) -> Span:
+        """The part of our span that a client wants; raises ``WrongModelError`` if we do not hold it."""
+        model = self.model
+        if fingerprint != model.fingerprint:
+            raise WrongModelError(f"this server holds another checkpoint: {model.name} {model.fingerprint[:12]}")
+        if not model.span.start <= start < end <= model.span.end:
+            raise WrongModelError(
+                f"this server holds blocks {model.span.start}:{model.span.end}, which do not include {start}:{end}"
+            )
+        span = self._spans.get((start, end))
+        if span is None:
+            span = await self._engine.call(lambda: model.span.slice(start, end))
+            while len(self._spans) >= _MAX_SPANS:
+                del self._spans[list(self._spans)[1]]  # The oldest but the first, which is the whole span.
+            self._spans[start, end] = span
+        return span
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_step(step: Step, message: Message, session: SessionState) -> PackedStates:
+    """The states of a step that fits its session.
+
+    Raises:
+        SessionLengthError: the session would become longer than its ``max_length``.
+        InvalidRequestError: anything else does not fit.
+    """
+    ledger = session.ledger
+    if len(step.row_tokens) != ledger.num_rows:
+        raise InvalidRequestError(f"a step of {len(step.row_tokens)} rows in a session of {ledger.num_rows}")
+    if step.keep > ledger.num_columns:
+        raise InvalidRequestError(f"a step keeps {step.keep} columns where only {ledger.num_columns} are cached")
+    if step.keep + max(step.row_tokens) > session.max_length:
+        raise SessionLengthError(
+            f"{step.keep} columns and {max(step.row_tokens)} new ones do not fit the session's max_length of "
+            f"{session.max_length}: open a longer one"
+        )
+    order = step.row_order
+    if order is not None and (len(order) != ledger.num_rows or max(order) >= ledger.num_rows):
+        raise InvalidRequestError(f"row_order does not name a row for each of the session's {ledger.num_rows}")
+    return check_states(step, message, session.span.hidden_size)
+
+
+def check_states(request: Step | Forward, message: Message, hidden_size: int) -> PackedStates:
+    """The request's hidden states, whose payload is as long as its description says.
+
+    Raises:
+        InvalidRequestError: the tensor does not fit the request or the model.
+    """
+    if len(request.tensors) != 1:
+        raise InvalidRequestError(f"{len(request.tensors)} tensors where one is expected: the hidden states")
+    try:
+        spec = TensorSpec.from_wire(request.tensors[0])
+    except ProtocolError as error:
+        raise InvalidRequestError(error.message) from None
+    num_tokens = sum(request.row_tokens)
+    if spec.shape != (num_tokens, hidden_size):
+        raise InvalidRequestError(
+            f"hidden states of shape {list(spec.shape)} where row_tokens and the model ask for "
+            f"{[num_tokens, hidden_size]}"
+        )
+    if spec.dtype not in DTYPES:
+        raise InvalidRequestError(f"hidden states of {spec.dtype} are no floating-point numbers")
+    payload = message.received_payload
+    if payload.nbytes != spec.num_bytes:
+        raise InvalidRequestError(f"hidden states of {spec.num_bytes} bytes came with {payload.nbytes}")
+    runs = request.position_runs
+    if runs is not None and (
+        len(runs) != len(request.row_tokens)
+        or any(
+            sum(count for _, count in row) != num_row_tokens
+            for row, num_row_tokens in zip(runs, request.row_tokens, strict=True)
+        )
+    ):
+        raise InvalidRequestError("position_runs do not give one position to each token of each row")
+    return PackedStates(spec=spec, payload=payload, row_tokens=request.row_tokens, position_runs=runs)
+
+
+def _microseconds(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))

@@ -1,0 +1,114 @@
+"""From a model's name to blocks on the device, with what else can only be said once they are there.
+
+Everything here runs in the device's thread and may take long; importing it imports torch and Transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from petals_core.errors import ConfigurationError
+from petals_core.models.checkpoint import Checkpoint, resolve_dtype
+from petals_core.models.hashes import ProgressCallback
+from petals_core.models.split import Span, block_count, check_device, find_architecture, load_span
+from petals_server import memory, threads
+from petals_server.config import ServerConfig
+
+log = logging.getLogger(__name__)
+
+_MAX_TURN_TOKENS: Final = {"cpu": 512}
+_MAX_TURN_TOKENS_ELSEWHERE: Final = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedModel:
+    """A model whose weights are not loaded yet."""
+
+    checkpoint: Checkpoint
+    fingerprint: str
+    num_blocks: int
+    block_bytes: int
+    """Memory that the largest block takes once it is loaded."""
+    device: torch.device
+    dtype: torch.dtype
+    num_blocks_that_fit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A span that is ready to run."""
+
+    name: str
+    fingerprint: str
+    num_blocks: int
+    """Blocks of the whole model."""
+    span: Span
+    torch_dtype: str
+    cache_tokens: int
+    """Tokens that the attention caches of all sessions may hold together."""
+    threads: threads.ThreadPlan
+    max_turn_tokens: int
+    """Tokens, pads included, that are computed in one go."""
+
+
+def open_model(config: ServerConfig, progress: ProgressCallback | None = None) -> OpenedModel:
+    """Find the model and see what of it this machine can hold; no weights yet.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, DeviceError: as ``load_span``.
+    """
+    checkpoint = Checkpoint.open(
+        config.model, revision=config.revision, token=config.token, cache_dir=config.cache_dir, progress=progress
+    )
+    architecture = find_architecture(checkpoint.config)
+    device = _choose_device(config.device)
+    dtype = resolve_dtype(config.torch_dtype, checkpoint)
+    device = check_device(device, dtype)
+    block_bytes = max(architecture.block_parameters) * dtype.itemsize
+    return OpenedModel(
+        checkpoint=checkpoint,
+        fingerprint=checkpoint.fingerprint,
+        num_blocks=block_count(checkpoint.config),
+        block_bytes=block_bytes,
+        device=device,
+        dtype=dtype,
+        num_blocks_that_fit=memory.count_blocks_that_fit(block_bytes, memory.free_bytes(device)),
+    )
+
+
+def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) -> ServedModel:
+    """Load blocks ``start`` up to ``end`` and measure what they need.
+
+    Raises:
+        NotEnoughMemoryError: they do not fit.
+        CheckpointError, DeviceError: as ``load_span``.
+    """
+    memory.check_fits(end - start, opened.block_bytes, memory.free_bytes(opened.device))
+    span = load_span(opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device)
+    plan = threads.measure(span, num_threads=config.num_threads)
+    cache_tokens = config.cache_tokens or memory.choose_cache_tokens(
+        memory.measure_cache_token_bytes(span), memory.free_bytes(opened.device)
+    )
+    return ServedModel(
+        name=opened.checkpoint.name,
+        fingerprint=opened.fingerprint,
+        num_blocks=opened.num_blocks,
+        span=span,
+        torch_dtype=str(opened.dtype).removeprefix("torch."),
+        cache_tokens=cache_tokens,
+        threads=plan,
+        max_turn_tokens=_MAX_TURN_TOKENS.get(opened.device.type, _MAX_TURN_TOKENS_ELSEWHERE),
+    )
+
+
+def _choose_device(name: str) -> torch.device | str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigurationError(f"--device {name}: there is no such device; use auto, cpu or cuda") from None

@@ -1,0 +1,123 @@
+"""At which address a server can be reached: its sockets, the host it announces, and connecting to others on request."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from petals_core.addresses import Address
+from petals_core.errors import ConfigurationError, PetalsError
+from petals_core.identity import PeerId
+from petals_core.net.dialer import Dialer
+from petals_dht.sockets import bind_udp
+from petals_server.config import DEFAULT_PORT
+
+LOOPBACK: Final = "127.0.0.1"
+_WILDCARDS: Final = ("0.0.0.0", "::")
+_NUM_ATTEMPTS: Final = 50
+_BACKLOG: Final = 256
+
+
+def choose_listen_host(host: str | None, initial_peers: Sequence[Address]) -> str | None:
+    """Where to listen; None is every address of the machine.
+
+    A swarm whose known peers are all on this machine stays on it unless the user says otherwise.
+    """
+    if host is None:
+        return None if has_peers_elsewhere(initial_peers) else LOOPBACK
+    return host
+
+
+def has_peers_elsewhere(initial_peers: Sequence[Address]) -> bool:
+    """Whether some peer is on another machine, as far as its address tells."""
+    return any(not peer.is_loopback for peer in initial_peers)
+
+
+def choose_announced_host(
+    *,
+    listen_host: str | None,
+    announce_host: str | None,
+    observed_host: str | None,
+    own_host: str,
+    initial_peers: Sequence[Address],
+) -> str:
+    """The host that others are told to connect to.
+
+    What the user says counts; otherwise the address that is listened on, and where that is all of them, the one that
+    the peers see us at, or as a last resort ``own_host``.
+
+    Raises:
+        ConfigurationError: peers on other machines could not connect to it.
+    """
+    if announce_host is not None:
+        host, option = announce_host, "--announce-host"
+    elif listen_host is not None and listen_host not in _WILDCARDS:
+        host, option = listen_host, "--host"
+    else:
+        return observed_host or own_host
+    if Address(host, DEFAULT_PORT).is_loopback and has_peers_elsewhere(initial_peers):
+        raise ConfigurationError(
+            f"{option} {host} is this machine alone, but there are peers elsewhere: "
+            "set --announce-host to the address by which they reach this machine"
+        )
+    return host
+
+
+def find_own_host() -> str:
+    """The address of the network interface that leads to the internet, without sending anything."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))  # Reserved for documentation (RFC 5737); UDP's connect only picks a route.
+        return str(sock.getsockname()[0])
+    return LOOPBACK
+
+
+def bind_ports(host: str | None, port: int | None) -> tuple[socket.socket, socket.socket]:
+    """A TCP and a UDP socket on the same port number. 0: a free one; None: 31330, or a free one where that is taken.
+
+    Raises:
+        ConfigurationError: the port is in use, or the host is none of this machine's.
+    """
+    if port is None:
+        with contextlib.suppress(ConfigurationError):
+            return bind_ports(host, DEFAULT_PORT)
+        return bind_ports(host, 0)
+    for _ in range(_NUM_ATTEMPTS if port == 0 else 1):
+        tcp = _bind_tcp(host, port)
+        try:
+            return tcp, bind_udp(host, tcp.getsockname()[1])
+        except ConfigurationError as error:
+            tcp.close()
+            last_error = error
+    raise last_error
+
+
+def _bind_tcp(host: str | None, port: int) -> socket.socket:
+    if host is None:
+        try:
+            return _bind_tcp("::", port)
+        except ConfigurationError:
+            return _bind_tcp("0.0.0.0", port)
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        is_dual = place[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((place[0], port), family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)
+    except socket.gaierror as error:
+        raise ConfigurationError(f"can't listen on {host}: the name is not known") from error
+    except OSError as error:
+        if port and "in use" in str(error):
+            raise ConfigurationError(
+                f"port {port} is in use: choose another with --port, or 0 for a free one"
+            ) from error
+        raise ConfigurationError(f"can't listen on {host} port {port}: {error.strerror or error}") from error
+
+
+async def try_reach(dialer: Dialer, address: Address, peer_id: PeerId) -> str:
+    """Connect to a peer and hang up; returns why that failed, or nothing."""
+    try:
+        connection = await dialer.connect([address], peer_id=peer_id)
+    except PetalsError as error:
+        return error.message
+    await connection.close()
+    return ""

@@ -1,0 +1,314 @@
+"""One server, from its configuration to its withdrawal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import AsyncExitStack
+from importlib.metadata import version
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from petals_core.addresses import Address
+from petals_core.announcement import Announcement
+from petals_core.errors import ConfigurationError, NotEnoughMemoryError, OverloadedError, PetalsError
+from petals_core.identity import Identity, PeerId
+from petals_core.limits import MAX_NAME_CHARS
+from petals_core.net.dialer import Dialer
+from petals_core.net.listener import Listener
+from petals_core.net.stream import Stream
+from petals_dht.directory import Directory
+from petals_server import reachability
+from petals_server.announcer import Announcer
+from petals_server.config import ServerConfig
+from petals_server.engine import Engine
+from petals_server.placement import choose_span, count_coverage
+from petals_server.sessions import SessionTable
+
+if TYPE_CHECKING:
+    from petals_core.models.hashes import ProgressCallback
+    from petals_server.handlers import RequestHandler
+    from petals_server.loading import OpenedModel, ServedModel
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = version("petals-server")
+DRAIN_TIMEOUT_S: Final = 10.0
+_LOADING_RETRY_S: Final = 5.0
+
+
+class Server:
+    """A server of one span of one model. ``start`` returns when it is announced and answers.
+
+    Several may live in one process. Everything that takes long (imports of torch, loading, computing) happens in the
+    thread that owns the device, so the event loop always answers.
+    """
+
+    def __init__(self, config: ServerConfig, progress: ProgressCallback | None = None) -> None:
+        self.config = config
+        self.address: Address
+        """Where others reach the server, and join the swarm."""
+        self._progress = progress
+        self._resources = AsyncExitStack()
+        self._directory: Directory
+        self._listener: Listener
+        self._identity: Identity
+        self._engine: Engine
+        self._announcer: Announcer | None = None
+        self._requests: RequestHandler | None = None
+
+    @classmethod
+    async def start(cls, config: ServerConfig, progress: ProgressCallback | None = None) -> Self:
+        """Join, load, announce.
+
+        Args:
+            progress: called in the device's thread with what is being done, the bytes done, and the bytes in all.
+
+        Raises:
+            ConfigurationError: something in the configuration can't work; its subclasses tell model, device, memory.
+            NoPeersError: none of the initial peers answers.
+        """
+        server = cls(config, progress)
+        await server.__aenter__()
+        return server
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._resources.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop(drain_timeout_s=0.0)
+
+    @property
+    def peer_id(self) -> PeerId:
+        """The server's identity."""
+        return self._identity.peer_id
+
+    @property
+    def model(self) -> ServedModel:
+        """What is served."""
+        return self._handler.model
+
+    @property
+    def num_sessions(self) -> int:
+        """Open sessions."""
+        return len(self._handler.sessions)
+
+    @property
+    def cache_tokens_left(self) -> int:
+        """Tokens of attention cache that no session has reserved."""
+        return self._handler.sessions.cache_tokens_left
+
+    async def stop(self, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> None:
+        """Take no new work, let what is open end within ``drain_timeout_s``, withdraw, and free everything.
+
+        Idempotent; no task, thread or socket is left.
+        """
+        if self._requests is not None and self._requests.state == "online":
+            self._requests.state = "draining"
+            if drain_timeout_s > 0 and self._announcer is not None and self._requests.num_requests:
+                try:
+                    async with asyncio.timeout(drain_timeout_s):
+                        await self._announcer.announce()
+                except (PetalsError, TimeoutError) as error:
+                    log.info("could not tell the swarm that this server drains: %s", error)
+            await self._listener.close(grace_s=drain_timeout_s)
+        await self._resources.aclose()
+
+    # --- starting -----------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        config = self.config
+        host = reachability.choose_listen_host(config.host, config.initial_peers)
+        reachability.choose_announced_host(
+            listen_host=host or "::",
+            announce_host=config.announce_host,
+            observed_host=None,
+            own_host="",
+            initial_peers=config.initial_peers,
+        )
+        if config.identity is None:
+            self._identity = Identity.default("server")
+            self._resources.callback(self._identity.release)
+        else:
+            self._identity = config.identity
+        self._engine = Engine(config.limits)
+        self._resources.push_async_callback(self._engine.close)
+        await self._join(host)
+        opened, start, end = await self._choose_blocks()
+        log.info("loading blocks %d:%d of %s in %s on %s", start, end, config.model, opened.dtype, opened.device)
+        model = await self._engine.call(lambda: _load_model(opened, start, end, config))
+        log.info(
+            "computing with %d thread(s) for one token (%.0f tokens/s), %d for many (%.0f tokens/s); "
+            "attention cache of %d tokens",
+            model.threads.decode,
+            model.threads.decode_tokens_per_s,
+            model.threads.bulk,
+            model.threads.bulk_tokens_per_s,
+            model.cache_tokens,
+        )
+        from petals_server.handlers import RequestHandler, ServerFacts
+
+        self._requests = RequestHandler(
+            model=model,
+            engine=self._engine,
+            sessions=SessionTable(cache_tokens=model.cache_tokens, limits=config.limits),
+            limits=config.limits,
+            facts=ServerFacts(version=VERSION, public_name=config.public_name),
+        )
+        self._announcer = Announcer(
+            self._directory,
+            self._identity,
+            self._describe,
+            interval_s=config.announce_interval_s,
+            lifetime_s=config.announce_lifetime_s,
+            rng=random.Random(),
+        )
+        self._resources.push_async_callback(self._announcer.stop)
+        await self._announcer.start()
+
+    async def _join(self, host: str | None) -> None:
+        """Open the ports, join the directory, and see that others can connect."""
+        config, resources = self.config, self._resources
+        tcp, udp = reachability.bind_ports(host, config.port)
+        port = tcp.getsockname()[1]
+        resources.callback(tcp.close)
+        resources.callback(udp.close)
+        dialer = Dialer(identity=self._identity, swarm_key=config.swarm_key)
+        resources.push_async_callback(dialer.close)
+
+        async def reach(host: str, port: int, peer_id: PeerId) -> str:
+            return await reachability.try_reach(dialer, Address(host, port), peer_id)
+
+        self._directory = await resources.enter_async_context(
+            await Directory.start(
+                self._identity,
+                sock=udp,
+                swarm_key=config.swarm_key,
+                initial_peers=config.initial_peers,
+                reach=reach,
+            )
+        )
+        self._listener = await Listener.start(
+            identity=self._identity, handler=self._serve, swarm_key=config.swarm_key, sock=tcp
+        )
+        resources.push_async_callback(self._listener.close)
+        self.address = Address(
+            reachability.choose_announced_host(
+                listen_host=host,
+                announce_host=config.announce_host,
+                observed_host=self._directory.observed_host(),
+                own_host=reachability.find_own_host(),
+                initial_peers=config.initial_peers,
+            ),
+            port,
+        )
+        if config.initial_peers:
+            found = await self._directory.check_reachable(port, self.peer_id)
+            is_reachable, reason = found.is_reachable, found.reason
+        else:
+            reason = await reachability.try_reach(dialer, self.address, self.peer_id)
+            is_reachable = not reason
+        if is_reachable:
+            log.info("peer %s listens on port %d and can be reached at %s", self.peer_id.short, port, self.address)
+        elif is_reachable is None or config.announce_host is not None:
+            # An address that the user gave may be one that only others can use, as behind many home routers.
+            log.warning("whether others can connect to %s could not be seen: %s", self.address, reason)
+        else:
+            raise ConfigurationError(
+                f"others can't connect to {self.address} ({reason}): open TCP and UDP port {port} in firewall and "
+                "router (choose it with --port), or set --announce-host to the address by which this machine is reached"
+            )
+
+    async def _choose_blocks(self) -> tuple[OpenedModel, int, int]:
+        """Find the model, and the blocks of it to serve."""
+        config = self.config
+        opened = await self._engine.call(lambda: _open_model(config, self._progress))
+        if config.blocks is not None:
+            start, end = config.blocks
+            if end > opened.num_blocks:
+                raise ConfigurationError(
+                    f"{opened.checkpoint.name} has blocks 0:{opened.num_blocks}, which do not include {start}:{end}"
+                )
+            return opened, start, end
+        num_blocks = config.num_blocks
+        if num_blocks is None:
+            num_blocks = min(opened.num_blocks, opened.num_blocks_that_fit)
+            if num_blocks == 0:
+                raise NotEnoughMemoryError(
+                    f"a block of {opened.checkpoint.name} takes {opened.block_bytes / 2**20:,.0f} MiB, for which there "
+                    "is no memory: free some, or use a smaller --torch-dtype"
+                )
+        if num_blocks > opened.num_blocks:
+            raise ConfigurationError(f"--num-blocks {num_blocks}: the model has only {opened.num_blocks} blocks")
+        if num_blocks == opened.num_blocks:
+            return opened, 0, num_blocks
+        servers = await self._directory.find_servers(opened.fingerprint)
+        coverage = count_coverage(
+            (
+                (server.announcement.start, server.announcement.end)
+                for server in servers
+                if server.announcement.state in ("joining", "online") and server.peer_id != self.peer_id
+            ),
+            opened.num_blocks,
+        )
+        return opened, *choose_span(coverage, num_blocks)
+
+    # --- serving ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _handler(self) -> RequestHandler:
+        assert self._requests is not None, "the server is not started"
+        return self._requests
+
+    async def _serve(self, stream: Stream) -> None:
+        if self._requests is None:
+            raise OverloadedError("the server is still loading its blocks", retry_after_s=_LOADING_RETRY_S)
+        await self._requests(stream)
+
+    def _describe(self, now_s: float, expires_at_s: float) -> Announcement:
+        info, threads = self._handler.info(), self.model.threads
+        return Announcement(
+            model_name=_printable(info.model_name),
+            fingerprint=info.fingerprint,
+            num_blocks=info.num_blocks,
+            start=info.start,
+            end=info.end,
+            addresses=(self.address,),
+            state=info.state,
+            torch_dtype=info.torch_dtype,
+            issued_at_s=now_s,
+            expires_at_s=expires_at_s,
+            inference_tokens_per_s=threads.decode_tokens_per_s,
+            forward_tokens_per_s=threads.bulk_tokens_per_s,
+            cache_tokens_left=info.cache_tokens_left,
+            load=float(self._engine.num_queued),
+            version=info.version,
+            public_name=info.public_name,
+        )
+
+
+# Importing torch and Transformers takes seconds, so it happens in the device's thread, inside of these two.
+
+
+def _open_model(config: ServerConfig, progress: ProgressCallback | None) -> OpenedModel:
+    from petals_server.loading import open_model
+
+    return open_model(config, progress)
+
+
+def _load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) -> ServedModel:
+    from petals_server.loading import load_model
+
+    return load_model(opened, start, end, config)
+
+
+def _printable(name: str) -> str:
+    return "".join(character for character in name if character.isprintable())[:MAX_NAME_CHARS]

@@ -1,0 +1,87 @@
+"""How many threads compute. Measured, because cores that are shared or slow make more threads slower."""
+
+# ruff: noqa: N803, N806 -- tensors are named by their shape
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import psutil
+import torch
+
+from petals_core.models.split import Span
+from petals_server.scheduling import Urgency
+
+_NUM_DECODE_STEPS: Final = 5
+_NUM_BULK_TOKENS: Final = 32
+_NUM_BULK_STEPS: Final = 1
+_MIN_GAIN: Final = 0.9
+"""More threads have to bring a step below this part of its time: they also take cores from everybody else."""
+
+
+def candidates() -> list[int]:
+    """Numbers of threads worth measuring: powers of two up to the physical cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    numbers = [1]
+    while numbers[-1] * 2 < most:
+        numbers.append(numbers[-1] * 2)
+    return numbers if most == 1 else [*numbers, most]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadPlan:
+    """Threads for each kind of work. A decode step is bound by memory, a prefill by arithmetic, so they differ."""
+
+    decode: int
+    bulk: int
+    decode_tokens_per_s: float | None = None
+    """Measured speed of one session; None where the numbers were given and not measured."""
+    bulk_tokens_per_s: float | None = None
+
+    def apply(self, urgency: Urgency) -> None:
+        """Let the calling thread, which has to be the device's, compute with the number for this kind of work."""
+        number = self.decode if urgency is Urgency.DECODE else self.bulk
+        if torch.get_num_threads() != number:
+            torch.set_num_threads(number)
+
+
+@torch.inference_mode()
+def measure(span: Span, *, num_threads: int | None = None) -> ThreadPlan:
+    """Find the numbers of threads with which steps of one token and of many take least time.
+
+    To be called in the device's thread. ``num_threads`` is used for both where it is given, and the speed is measured.
+    """
+    numbers = candidates() if num_threads is None else [num_threads]
+    decode, decode_s = _choose(span, numbers, num_tokens=1, num_steps=_NUM_DECODE_STEPS)
+    bulk, bulk_s = _choose(span, numbers, num_tokens=_NUM_BULK_TOKENS, num_steps=_NUM_BULK_STEPS)
+    return ThreadPlan(
+        decode=decode, bulk=bulk, decode_tokens_per_s=1 / decode_s, bulk_tokens_per_s=_NUM_BULK_TOKENS / bulk_s
+    )
+
+
+def _choose(span: Span, numbers: list[int], *, num_tokens: int, num_steps: int) -> tuple[int, float]:
+    hidden_RTH = torch.zeros(1, num_tokens, span.hidden_size, dtype=span.dtype, device=span.device)
+    best: tuple[int, float] | None = None
+    for number in numbers:
+        torch.set_num_threads(number)
+        seconds = _measure_step_s(span, hidden_RTH, num_steps)
+        if best is None or seconds < best[1] * _MIN_GAIN:
+            best = number, seconds
+    assert best is not None
+    return best
+
+
+def _measure_step_s(span: Span, hidden_RTH: torch.Tensor, num_steps: int) -> float:
+    cache = span.new_cache()
+    times = []
+    for _ in range(num_steps + 1):  # The first one warms up.
+        started_s = time.perf_counter()
+        span(hidden_RTH, cache=cache)
+        if span.device.type == "cuda":
+            torch.cuda.synchronize(span.device)
+        times.append(time.perf_counter() - started_s)
+    return min(times[1:])
