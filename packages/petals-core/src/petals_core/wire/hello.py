@@ -46,8 +46,8 @@ _PUBLIC = "the server is not in a private swarm, but a swarm key is given: leave
 _WRONG_KEY = "the swarm key given is not the one of the server's swarm"
 _LIMIT_RANGES = {
     "max_frame_bytes": (1024, 16 * MIB),
-    "max_message_bytes": (1024, 1024 * MIB),
-    "max_envelope_bytes": (1024, 16 * MIB),
+    "max_message_bytes": (MAX_ERROR_BYTES, 1024 * MIB),
+    "max_envelope_bytes": (MAX_ERROR_BYTES, 16 * MIB),
     "max_streams": (0, 65536),
     "stream_credit_bytes": (1024, 1024 * MIB),
     "connection_credit_bytes": (1024, 1024 * MIB),
