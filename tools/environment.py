@@ -68,7 +68,8 @@ def synchronize(uv_sync_options: Sequence[str] = ()) -> Path:
         sync = [str(uv_path()), "sync", "--inexact", "--python", _base_python(), *uv_sync_options]
         if subprocess.call([*sync, "--check", "--quiet"], cwd=ROOT, env=variables, stderr=subprocess.DEVNULL) != 0:
             _say("Installing Petals into .venv (PyTorch is the largest part)")
-            _call(sync, "the installation failed: see uv's message above", variables)
+            # Compiled now, because four processes that each compile what they import take minutes to start.
+            _call([*sync, "--compile-bytecode"], "the installation failed: see uv's message above", variables)
     return ENVIRONMENT / _EXECUTABLES / f"python{_SUFFIX}"
 
 
