@@ -52,6 +52,11 @@ class Dialer:
         self._links: set[Link] = set()
         self._is_closed = False
 
+    @property
+    def peer_id(self) -> PeerId:
+        """The identity that other ends see."""
+        return self._identity.peer_id
+
     async def connect(self, addresses: Sequence[Address], *, peer_id: PeerId | None) -> PeerConnection:
         """Return the open connection to a peer, or make one; callers that come together share one attempt.
 

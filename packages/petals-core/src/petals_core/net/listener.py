@@ -248,6 +248,8 @@ class Listener:
 
 
 async def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 65536:
+        raise ConfigurationError(f"can't listen on port {port}: it is not between 0 and 65535")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, _, _, _, place = found[0]
@@ -257,8 +259,6 @@ async def _bind(host: str, port: int) -> socket.socket:
         raise ConfigurationError(
             f"can't listen on {host} port {port}: {(error.strerror or str(error)).lower()}"
         ) from error
-    except OverflowError:
-        raise ConfigurationError(f"can't listen on port {port}: it is not between 0 and 65535") from None
 
 
 def _source(host: str) -> str:
