@@ -21,7 +21,7 @@ from petals_core.errors import (
 from petals_core.identity import Identity
 from petals_core.limits import WireLimits
 from petals_core.net import rpc
-from petals_core.net.tls import listener_context
+from petals_core.net.tls import TlsChannel, listener_context
 from petals_core.testing.faults import Direction, Fault, FaultKind, FaultProxy
 from petals_core.testing.network import address_of, dialing, echo, serving
 from petals_core.wire.messages import InfoRequest
@@ -245,10 +245,20 @@ def test_old_tls_is_a_version_mismatch(run: Run) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.maximum_version = ssl.TLSVersion.TLSv1_2
 
+    async def alert(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        channel = TlsChannel(context, is_listener=True)
+        with pytest.raises(ProtocolError):
+            channel.handshake(await reader.read(65536))
+        writer.write(channel.take_outgoing())
+        writer.close()
+
     async def main() -> None:
-        async with speaking(b"", context) as address, dialing() as dialer:
+        server = await asyncio.start_server(alert, "127.0.0.1", 0)
+        address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+        async with dialing() as dialer:
             with pytest.raises(VersionMismatchError, match=r"TLS 1\.3"):
                 await dialer.connect([address], peer_id=None)
+        server.close()
 
     run(main())
 

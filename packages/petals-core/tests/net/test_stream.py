@@ -19,13 +19,19 @@ from petals_core.errors import (
 )
 from petals_core.limits import MIB, WireLimits
 from petals_core.net.stream import EndOfStreamError, Stream
-from petals_core.testing.faults import FaultProxy
+from petals_core.testing.faults import Direction, FaultProxy
 from petals_core.testing.network import address_of, dialing, echo, serving
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import InfoRequest
 
 Run = Callable[[Any], Any]
 REQUEST = InfoRequest()
+
+
+async def flood(stream: Stream, timeout_s: float | None) -> None:
+    """Send until something prevents it."""
+    while True:
+        await stream.send(REQUEST, [bytes(32 * 1024)], timeout_s=timeout_s)
 
 
 def test_messages_keep_their_order(run: Run) -> None:
@@ -107,8 +113,7 @@ def test_sender_waits_while_nobody_receives(run: Run) -> None:
             connection = await dialer.connect([address_of(listener)], peer_id=listener.peer_id)
             stream = connection.open_stream()
             with pytest.raises(DeadlineExceededError):
-                for _ in range(10):
-                    await stream.send(REQUEST, [bytes(32 * 1024)], timeout_s=0.05)
+                await flood(stream, timeout_s=0.05)
             other = connection.open_stream(Priority.DECODE)
             await other.send(REQUEST, [b"still works"])
             go_on.set()
@@ -198,8 +203,7 @@ def test_handler_that_stops_early_stops_the_sender(run: Run) -> None:
             connection = await dialer.connect([address_of(listener)], peer_id=listener.peer_id)
             stream = connection.open_stream()
             with pytest.raises(OverloadedError):
-                for _ in range(1000):
-                    await stream.send(REQUEST, [bytes(32 * 1024)], timeout_s=30)
+                await flood(stream, timeout_s=30)
 
     run(main())
 
@@ -293,13 +297,8 @@ def test_lost_peer_wakes_a_sender_that_waits_for_credit(run: Run) -> None:
         ):
             connection = await dialer.connect([proxy.address], peer_id=listener.peer_id)
             stream = connection.open_stream()
-
-            async def flood() -> None:
-                while True:
-                    await stream.send(REQUEST, [bytes(MIB)])
-
-            task = asyncio.create_task(flood())
-            await proxy.until_passed(next(iter(proxy.passed_bytes)), 2 * MIB)
+            task = asyncio.create_task(flood(stream, timeout_s=None))
+            await proxy.until_passed(Direction.TO_LISTENER, 2 * MIB)
             proxy.cut()
             with pytest.raises(PeerConnectionError):
                 await task
