@@ -1,0 +1,5 @@
+"""``python -m petals_dht``."""
+
+from petals_dht.cli import main
+
+main()

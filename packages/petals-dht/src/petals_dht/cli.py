@@ -1,0 +1,223 @@
+"""The ``petals-dht`` program."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from petals_core.addresses import Address
+from petals_core.errors import ConfigurationError, MissingBlocksError
+from petals_core.swarm_key import SwarmKey
+from petals_core.terminal import parse_connectable_addresses, run_app, stderr_console
+
+if TYPE_CHECKING:
+    from petals_dht.overview import ModelOverview
+
+DEFAULT_PORT = 31330
+app = typer.Typer(
+    name="petals-dht",
+    help="Start and watch the directory of a Petals swarm: who serves which blocks of which model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+InitialPeers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--initial-peers",
+        metavar="HOST:PORT",
+        help="A node of the swarm to join by. Give it several times, or several separated by commas: one that answers "
+        "is enough.",
+    ),
+]
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key-file",
+        metavar="FILE",
+        help="The secret of a private swarm ('petals-dht keygen' makes one). All its members need the same.",
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks of errors.")]
+
+
+@app.command()
+def bootstrap(
+    host: Annotated[
+        str | None, typer.Option(metavar="HOST", help="Address to listen on. Default: all of this machine's.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="UDP port; 0 takes any.")] = DEFAULT_PORT,
+    announce_host: Annotated[
+        str | None,
+        typer.Option(metavar="HOST", help="The name or address by which others reach this machine, if it has another."),
+    ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="This node's private key; made if missing. Default: one kept for this user."),
+    ] = None,
+    swarm_key_file: SwarmKeyFile = None,
+    initial_peers: InitialPeers = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run a node that others join a swarm by, until Ctrl-C.
+
+    It prints one line with the address to give to the others. Swarms with several such nodes survive the loss of one:
+    start the second with --initial-peers of the first. UDP has to reach the port through firewalls and NAT.
+    """
+    from petals_core.identity import Identity
+    from petals_core.net.loop import run
+    from petals_dht.bootstrap import run_bootstrap
+
+    if announce_host is not None:
+        Address(announce_host, port or DEFAULT_PORT)
+    swarm_key = _read_key(swarm_key_file)
+    peers = parse_connectable_addresses(initial_peers or (), option="--initial-peers")
+    own = Identity.load(identity) if identity is not None else Identity.default("bootstrap")
+
+    def tell(address: Address) -> None:
+        typer.echo(f"Ready. Others join with --initial-peers {address}")
+
+    try:
+        run(
+            run_bootstrap(
+                own,
+                host,
+                port,
+                announce_host=announce_host,
+                swarm_key=swarm_key,
+                initial_peers=peers,
+                on_ready=tell,
+            )
+        )
+    except KeyboardInterrupt:
+        return
+    finally:
+        own.release()
+
+
+@app.command()
+def show(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Only models of this name, or part of a name.")
+    ] = None,
+    initial_peers: InitialPeers = None,
+    swarm_key_file: SwarmKeyFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=600, metavar="SECONDS", help="How long to wait for the swarm.")
+    ] = 10.0,
+    verbose: Verbose = False,
+) -> None:
+    """Show the models of a swarm, the servers of each, and blocks that nobody serves.
+
+    The strip has one character per block: how many servers hold it, or · for a block that is missing.
+    """
+    from petals_core.net.loop import run
+
+    peers = parse_connectable_addresses(initial_peers or (), option="--initial-peers")
+    overviews = run(_look(peers, _read_key(swarm_key_file), model, timeout))
+    if as_json:
+        typer.echo(json.dumps({"models": [overview.to_json() for overview in overviews]}, indent=2))
+    if not overviews:
+        raise MissingBlocksError(
+            "no server is online in this swarm: start one with 'petals-server serve MODEL'"
+            if model is None
+            else f"no server of this swarm serves a model named {model}: leave the name out to see all"
+        )
+    if not as_json:
+        _print(overviews)
+
+
+@app.command()
+def keygen(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it; must not exist yet.")],
+    verbose: Verbose = False,
+) -> None:
+    """Make the secret of a private swarm.
+
+    Only its owner may read the file. Copy it to every member over a safe channel; whoever has it is a member.
+    """
+    key = SwarmKey.generate()
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise ConfigurationError(f"{file} exists already: choose another name, or remove it first") from None
+    except OSError as error:
+        raise ConfigurationError(f"{file} can't be written: {error.strerror or error}") from error
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(key.secret.hex() + "\n")
+    stderr_console().print(f"Swarm key written to {file}. Members use it with --swarm-key-file.")
+
+
+async def _look(
+    peers: tuple[Address, ...], swarm_key: SwarmKey | None, wanted: str | None, timeout_s: float
+) -> list[ModelOverview]:
+    import asyncio
+
+    from petals_dht.directory import Directory, ModelSummary
+    from petals_dht.overview import ModelOverview, choose
+
+    async with await Directory.connect(peers, swarm_key=swarm_key, timeout_s=timeout_s) as directory:
+
+        async def look(model: ModelSummary) -> ModelOverview:
+            return ModelOverview.of(model, await directory.find_servers(model.fingerprint, timeout_s=timeout_s))
+
+        models = await directory.list_models(timeout_s=timeout_s)
+        overviews = await asyncio.gather(*(look(model) for model in models))
+    return choose([overview for overview in overviews if overview.servers], wanted)
+
+
+def _print(overviews: list[ModelOverview]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from petals_dht.overview import spans_text, speed_text, strip_of
+
+    console = Console(highlight=False)
+    for overview in overviews:
+        model, missing = overview.model, overview.missing
+        title = Text.assemble(
+            (model.model_name, "bold"), f"  {model.num_blocks} blocks, fingerprint {model.fingerprint[:12]}"
+        )
+        console.print(title)
+        console.print(Text(strip_of(overview.coverage)))
+        if missing:
+            console.print(Text(f"missing: {spans_text(missing)}", style="red"))
+        else:
+            console.print(Text("complete", style="green"))
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for header in ("server", "name", "blocks", "state", "address", "dtype", "cache tokens", "tokens/s", "version"):
+            is_number = header in ("cache tokens", "tokens/s")
+            table.add_column(header, justify="right" if is_number else "left", overflow="fold")
+        for signed in overview.servers:
+            entry = signed.announcement
+            dtype = entry.torch_dtype if entry.quantization == "none" else entry.quantization
+            cells = (
+                signed.peer_id.short,
+                entry.public_name,
+                f"{entry.start}:{entry.end}",
+                entry.state,
+                ", ".join(str(address) for address in entry.addresses),
+                dtype,
+                "" if entry.cache_tokens_left is None else f"{entry.cache_tokens_left:,}",
+                speed_text(entry),
+                entry.version,
+            )
+            table.add_row(*(Text(cell) for cell in cells))
+        console.print(table)
+        console.print()
+
+
+def _read_key(path: Path | None) -> SwarmKey | None:
+    return None if path is None else SwarmKey.read(path)
+
+
+def main() -> None:
+    """Run the program."""
+    run_app(app)
