@@ -17,7 +17,8 @@ from petals_core.testing.network import address_of, dialing, echo, run_clean, se
 from petals_core.wire.messages import InfoRequest
 
 TO_LISTENER, TO_DIALER = Direction.TO_LISTENER, Direction.TO_DIALER
-LIMITS = WireLimits(ping_interval_s=0.1, idle_timeout_s=0.3, handshake_timeout_s=0.3)
+PATIENT = WireLimits()
+IMPATIENT = WireLimits(ping_interval_s=0.1, idle_timeout_s=0.3, handshake_timeout_s=0.3)
 
 
 class Step(StrEnum):
@@ -43,7 +44,7 @@ def handshake_bytes() -> dict[Direction, int]:
 TLS_BYTES = handshake_bytes()
 
 
-async def exchange(kind: FaultKind, step: Step, direction: Direction) -> None:
+async def exchange(kind: FaultKind, step: Step, direction: Direction, limits: WireLimits) -> None:
     """Connect and call through a proxy with one fault; raises what the caller sees."""
     planned, sudden = [], None
     if step is Step.TLS:
@@ -55,9 +56,9 @@ async def exchange(kind: FaultKind, step: Step, direction: Direction) -> None:
     else:
         sudden = Fault(kind=kind, direction=direction)
     async with (
-        serving(echo, limits=LIMITS) as listener,
+        serving(echo, limits=limits) as listener,
         FaultProxy(address_of(listener), planned) as proxy,
-        dialing(limits=LIMITS, connect_timeout_s=0.5) as dialer,
+        dialing(limits=limits, connect_timeout_s=2 * limits.handshake_timeout_s) as dialer,
     ):
         releasing = asyncio.create_task(release(proxy))
         try:
@@ -65,7 +66,7 @@ async def exchange(kind: FaultKind, step: Step, direction: Direction) -> None:
             if sudden is not None:
                 proxy.add(sudden)
             payload = bytes(MIB if step is Step.BULK else 1000)
-            message = await rpc.call(connection, InfoRequest(), [payload], reply=InfoRequest, timeout_s=20)
+            message = await rpc.call(connection, InfoRequest(), [payload], reply=InfoRequest, timeout_s=30)
             assert message.received_payload == payload
         finally:
             releasing.cancel()
@@ -93,7 +94,7 @@ def places() -> list[tuple[Step, Direction]]:
 @pytest.mark.parametrize(("step", "direction"), places())
 @pytest.mark.parametrize("kind", [FaultKind.HOLD, FaultKind.SLOW])
 def test_slow_network_changes_nothing(kind: FaultKind, step: Step, direction: Direction) -> None:
-    run_clean(exchange(kind, step, direction))
+    run_clean(exchange(kind, step, direction, PATIENT))
 
 
 @pytest.mark.parametrize(("step", "direction"), places())
@@ -101,7 +102,7 @@ def test_slow_network_changes_nothing(kind: FaultKind, step: Step, direction: Di
 def test_vanished_peer_is_a_lost_connection(kind: FaultKind, step: Step, direction: Direction) -> None:
     async def main() -> None:
         with pytest.raises(PeerConnectionError):
-            await exchange(kind, step, direction)
+            await exchange(kind, step, direction, IMPATIENT)
 
     run_clean(main())
 
@@ -111,7 +112,7 @@ def test_vanished_peer_is_a_lost_connection(kind: FaultKind, step: Step, directi
 def test_damaged_bytes_are_never_taken_for_content(kind: FaultKind, step: Step, direction: Direction) -> None:
     async def main() -> None:
         with pytest.raises(PetalsError) as caught:
-            await exchange(kind, step, direction)
+            await exchange(kind, step, direction, IMPATIENT)
         if step is Step.TLS:
             assert isinstance(caught.value, (PeerConnectionError, ProtocolError))
         else:

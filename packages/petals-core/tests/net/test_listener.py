@@ -39,6 +39,20 @@ async def read_to_end(reader: asyncio.StreamReader) -> bytes:
         return b""
 
 
+async def dial_tls(listener: Listener) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, TlsChannel]:
+    """Connect and go through TLS, but not through the hello."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+    channel = TlsChannel(dialer_context(), is_listener=False)
+    channel.handshake()
+    writer.write(channel.take_outgoing())
+    while not channel.is_open:
+        received = await reader.read(65536)
+        assert received, "the listener closed the connection"
+        channel.handshake(received)
+    writer.write(channel.take_outgoing())
+    return reader, writer, channel
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_listens_on_one_address(run: Run, host: str) -> None:
     async def main() -> None:
@@ -188,22 +202,14 @@ def test_slow_handshake_is_dropped(run: Run) -> None:
             writer.write(b"\x16\x03\x01")
             assert await read_to_end(reader) == b""
             writer.close()
-            async with dialing() as dialer:
-                await dialer.connect([address_of(listener)], peer_id=listener.peer_id)
 
     run(main())
 
 
 def test_client_that_stops_behind_tls_is_dropped(run: Run) -> None:
     async def main() -> None:
-        async with serving(echo, limits=WireLimits(handshake_timeout_s=0.1)) as listener:
-            reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
-            channel = TlsChannel(dialer_context(), is_listener=False)
-            channel.handshake()
-            writer.write(channel.take_outgoing())
-            while not channel.handshake(await reader.read(65536)):
-                pass
-            writer.write(channel.take_outgoing())
+        async with serving(echo, limits=WireLimits(handshake_timeout_s=0.5)) as listener:
+            reader, writer, channel = await dial_tls(listener)
             await read_to_end(reader)
             writer.close()
             assert listener.num_connections == 0
@@ -229,13 +235,8 @@ def test_garbage_is_dropped(run: Run, garbage: bytes) -> None:
 def test_garbage_within_tls_is_dropped(run: Run, garbage: bytes) -> None:
     async def main() -> None:
         async with serving(echo) as listener:
-            reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
-            channel = TlsChannel(dialer_context(), is_listener=False)
-            channel.handshake()
-            writer.write(channel.take_outgoing())
-            while not channel.handshake(await reader.read(65536)):
-                pass
-            writer.write(channel.take_outgoing() + channel.encrypt(garbage))
+            reader, writer, channel = await dial_tls(listener)
+            writer.write(channel.encrypt(garbage))
             await read_to_end(reader)
             writer.close()
             assert listener.num_connections == 0

@@ -274,7 +274,6 @@ def test_vanished_server_wakes_everybody(run: Run) -> None:
                     await task
             await both_over.wait()
             assert connection.is_closed
-            assert listener.num_streams == 0
             with pytest.raises(PeerConnectionError):
                 await streams[0].send(REQUEST)
             with pytest.raises(PeerConnectionError):
