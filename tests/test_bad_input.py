@@ -1,0 +1,147 @@
+"""What a user can get wrong, through the public commands and functions: one clear line, and never a traceback.
+
+What a peer can get wrong is tested with the packages (``petals-core/tests/wire`` for frames and versions,
+``petals-server/tests/test_serving.py`` for requests).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import petals_dht.cli
+import petals_server.cli
+from petals_core.terminal import EXIT_ERROR, run_app
+from petals_core.testing.factories import edit_config, make_checkpoint
+
+Refuse = Callable[..., str]
+NEW_SWARM = ("--new-swarm", "--host", "127.0.0.1", "--port", "0")
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and remembered hashes of tests do not mix with the user's, and nobody asks the hub."""
+    folder = tmp_path_factory.getbasetemp()
+    monkeypatch.setitem(os.environ, "PETALS_DATA_DIR", str(folder / "data"))
+    monkeypatch.setitem(os.environ, "PETALS_CACHE_DIR", str(folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama of three blocks."""
+    return make_checkpoint(tmp_path_factory.mktemp("llama"), num_blocks=3)
+
+
+@pytest.fixture
+def serve(capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Run ``petals-server serve`` in this process and return its line of error."""
+    return lambda *arguments: refusal(capsys, petals_server.cli.app, ["serve", *map(str, arguments)])
+
+
+@pytest.fixture
+def directory(capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Run ``petals-dht`` in this process and return its line of error."""
+    return lambda *arguments: refusal(capsys, petals_dht.cli.app, list(map(str, arguments)))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], app: Any, arguments: Sequence[str]) -> str:
+    """Run a command that has to fail, as its program does, and return what it says."""
+    with pytest.raises(SystemExit) as ended:
+        run_app(partial(app, args=list(arguments)))
+    output = capsys.readouterr().err
+    assert ended.value.code == EXIT_ERROR, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert output.splitlines()[-1] == errors[0]
+    assert "Traceback" not in output
+    return errors[0]
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_no_such_model(serve: Refuse, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'missing'} is not a checkpoint" in serve(tmp_path / "missing", *NEW_SWARM)
+
+
+def test_checkpoint_without_safetensors(serve: Refuse, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    assert "safetensors" in serve(tmp_path, *NEW_SWARM)
+
+
+def test_architecture_that_can_not_be_split(serve: Refuse, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, num_blocks=1)
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "t5" in serve(folder, *NEW_SWARM)
+
+
+def test_blocks_outside_the_model(serve: Refuse, checkpoint: Path) -> None:
+    assert "has blocks 0:3, which do not include 2:5" in serve(checkpoint, *NEW_SWARM, "--blocks", "2:5")
+
+
+def test_blocks_that_are_no_span(serve: Refuse, checkpoint: Path) -> None:
+    assert "give FIRST:END" in serve(checkpoint, *NEW_SWARM, "--blocks", "2-5")
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def test_not_enough_memory(serve: Refuse, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, num_blocks=1)
+    edit_config(folder, intermediate_size=10**10)  # 7,000 gigabytes a block; only the config says so
+    line = serve(folder, *NEW_SWARM, "--blocks", "0:1")
+    assert "MiB are free" in line or "there is no memory" in line
+
+
+def test_device_that_is_not_there(serve: Refuse, checkpoint: Path) -> None:
+    assert "there is no device cuda:99" in serve(checkpoint, *NEW_SWARM, "--device", "cuda:99")
+
+
+def test_port_in_use(serve: Refuse, checkpoint: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = serve(checkpoint, "--new-swarm", "--host", "127.0.0.1", "--port", port)
+    assert str(port) in line
+    assert "in use" in line
+
+
+# --- the swarm --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_address() -> Iterator[str]:
+    """An address where nobody answers: the port is held, and never read."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{silent.getsockname()[1]}"
+
+
+def test_no_peer_answers(directory: Refuse, silent_address: str) -> None:
+    line = directory("show", "--initial-peers", silent_address, "--timeout", "0.2")
+    assert silent_address in line
+
+
+def test_addresses_that_nobody_can_connect_to(serve: Refuse, checkpoint: Path) -> None:
+    assert "wildcard" in serve(checkpoint, "--initial-peers", "0.0.0.0:31330")
+    assert "expected HOST:PORT" in serve(checkpoint, "--initial-peers", "nowhere")
+
+
+def test_neither_new_swarm_nor_peers(serve: Refuse, checkpoint: Path) -> None:
+    assert "give either --new-swarm" in serve(checkpoint)
+
+
+def test_swarm_key_that_is_none(directory: Refuse, tmp_path: Path, silent_address: str) -> None:
+    (tmp_path / "key").write_text("secret")
+    line = directory("show", "--initial-peers", silent_address, "--swarm-key-file", tmp_path / "key")
+    assert "is not 64 hexadecimal digits" in line
