@@ -1,0 +1,244 @@
+"""Loading models whose blocks are remote: the names that users import."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from petals_client.options import ClientOptions
+from petals_core.addresses import Address
+from petals_core.errors import ConfigurationError, InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+    from petals_client.chain import Chain
+    from petals_core.models.checkpoint import Checkpoint
+
+_IGNORED = frozenset({"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "offload_folder", "use_fast"})
+"""Options of Transformers' ``from_pretrained`` that mean nothing here: accepted, so that scripts need no change."""
+
+
+class _AutoDistributed:
+    """``from_pretrained`` of one kind of model; the classes below differ by values only."""
+
+    _mapping: ClassVar[str]
+    """Transformers' mapping from config classes to model classes."""
+    _model_type: ClassVar[str | None] = None
+    """The only family that is taken; None: all."""
+
+    def __init__(self) -> None:
+        raise InvalidRequestError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        initial_peers: Sequence[str | Address],
+        swarm_key_file: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | torch.device | dict[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        config: PreTrainedConfig | None = None,
+        options: ClientOptions | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load embeddings, final norm and head, and reach the blocks through the swarm.
+
+        Args:
+            name_or_path: a folder, or a name on the hub; the servers must hold the very same checkpoint.
+            initial_peers: addresses ``HOST:PORT`` of some peers of the swarm.
+            swarm_key_file: the key of a private swarm.
+            dtype: what the client computes in; by default what the checkpoint is stored in. ``torch_dtype`` means it too.
+            device_map: the device of the client's part: a name such as ``"cuda"``, or ``{"": device}``.
+            config: instead of the checkpoint's own (a classifier's labels, say); what is not known by name here goes to
+                the config too, as in Transformers (``num_labels=3``).
+            options: time limits and the like.
+
+        Returns:
+            An instance of the class of Transformers for this checkpoint, with ``inference_session`` besides.
+
+        Raises:
+            CheckpointError, UnsupportedModelError: the model can't be read or split.
+            ConfigurationError: an option is wrong, or the checkpoint is of another family.
+            NoPeersError: none of the initial peers answers.
+        """
+        from petals_core.models.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config = cls._configure(checkpoint, config, kwargs)
+        options = options or ClientOptions.make(initial_peers=initial_peers, swarm_key_file=swarm_key_file)
+        from petals_client.swarm_chain import SwarmChain
+
+        chain = SwarmChain.connect(checkpoint, options)
+        try:
+            return load_model(
+                checkpoint,
+                mapping=cls._mapping,
+                chain=chain,
+                dtype=dtype if dtype is not None else torch_dtype,
+                device=_single_device(device_map),
+                config=config,
+            )
+        except BaseException:
+            chain.close()
+            raise
+
+    @classmethod
+    def _configure(
+        cls, checkpoint: Checkpoint, config: PreTrainedConfig | None, overrides: dict[str, Any]
+    ) -> PreTrainedConfig:
+        import copy
+
+        config = copy.deepcopy(checkpoint.config if config is None else config)
+        if cls._model_type not in (None, config.model_type):
+            raise ConfigurationError(
+                f"{checkpoint.name} is a {config.model_type} model: load it with "
+                f"{_name_for(cls._mapping)} instead of {cls.__name__}"
+            )
+        for name, value in overrides.items():
+            if name in _IGNORED:
+                continue
+            if not hasattr(config, name):
+                raise ConfigurationError(f"from_pretrained has no option {name}, nor has this model's config")
+            setattr(config, name, value)
+        return config
+
+
+class AutoDistributedModel(_AutoDistributed):
+    """Base models: hidden states in, hidden states out."""
+
+    _mapping = "MODEL_MAPPING"
+
+
+class AutoDistributedModelForCausalLM(_AutoDistributed):
+    """Models that generate."""
+
+    _mapping = "MODEL_FOR_CAUSAL_LM_MAPPING"
+
+
+class AutoDistributedModelForSequenceClassification(_AutoDistributed):
+    """Models with a classifier's head."""
+
+    _mapping = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"
+
+
+class AutoDistributedConfig:
+    """Configs, read as the models read them."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedConfig:
+        """Read a checkpoint's config.
+
+        Raises:
+            CheckpointError, UnsupportedModelError: it can't be read.
+        """
+        from petals_core.models.checkpoint import Checkpoint
+
+        return Checkpoint.open(name_or_path, revision=revision, token=token, cache_dir=cache_dir).config
+
+
+_FAMILIES = {"Bloom": "bloom", "Falcon": "falcon", "Llama": "llama", "Mixtral": "mixtral"}
+"""Families that users of earlier versions import by name; all others are loaded by the classes above."""
+_KINDS: dict[str, type[_AutoDistributed]] = {
+    "Model": AutoDistributedModel,
+    "ForCausalLM": AutoDistributedModelForCausalLM,
+    "ForSequenceClassification": AutoDistributedModelForSequenceClassification,
+}
+FAMILY_CLASSES: dict[str, type[_AutoDistributed]] = {
+    f"Distributed{family}{kind}": type(
+        f"Distributed{family}{kind}",
+        (auto,),
+        {"_model_type": model_type, "__module__": __name__, "__doc__": f"{auto.__doc__} Of the {model_type} family."},
+    )
+    for family, model_type in _FAMILIES.items()
+    for kind, auto in _KINDS.items()
+}
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    mapping: str,
+    chain: Chain,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
+) -> Any:
+    """Build the class of Transformers for a checkpoint around the blocks behind ``chain``.
+
+    Raises:
+        UnsupportedModelError, CheckpointError, ConfigurationError: see ``petals_core.models.split.load_client_half``.
+    """
+    import transformers
+
+    from petals_client.generation import BLOCKS_ATTRIBUTE, distributed_class, remote_base_class
+    from petals_client.remote_sequential import RemoteSequential
+    from petals_core.models.split import find_architecture, load_client_half
+
+    config = checkpoint.config if config is None else config
+    try:
+        model_class = getattr(transformers, mapping)[type(config)]
+    except KeyError:
+        raise ConfigurationError(
+            f"Transformers has no such class for {config.model_type} models: load it with {_name_for('MODEL_MAPPING')}"
+        ) from None
+    if isinstance(model_class, (tuple, list)):
+        model_class = model_class[0]
+    architecture = find_architecture(config)
+    blocks = RemoteSequential(chain, returns_tuple=architecture.blocks_return_tuples)
+    model = load_client_half(
+        checkpoint,
+        model_class,
+        blocks=blocks,
+        dtype="auto" if dtype is None else dtype,
+        device=device,
+        config=config,
+    )
+    # Classes change behind the loading, which looks up conversions by class. The module that iterates over the blocks
+    # is the base model itself or (opt) a part of it, which some heads call directly.
+    setattr(model.base_model, BLOCKS_ATTRIBUTE, architecture.block_path)
+    owner_path, _, name = architecture.block_path.rpartition(".")
+    owner: Any = model.base_model.get_submodule(owner_path)
+    setattr(owner, BLOCKS_ATTRIBUTE, name)
+    owner.__class__ = remote_base_class(type(owner))
+    model.__class__ = distributed_class(type(model))
+    model.eval()
+    return model
+
+
+def _name_for(mapping: str) -> str:
+    return next(kind.__name__ for kind in _KINDS.values() if kind._mapping == mapping)
+
+
+def _single_device(device_map: str | torch.device | dict[str, Any] | None) -> torch.device | str:
+    """The device of the client's part, which is too small to be spread over several."""
+    if isinstance(device_map, dict):
+        devices = {str(device) for device in device_map.values()}
+        if len(devices) != 1:
+            raise ConfigurationError("device_map names several devices: the client's part is small, give one device")
+        device_map = devices.pop()
+    if device_map is None:
+        return "cpu"
+    if device_map in ("auto", "balanced", "sequential"):
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device_map

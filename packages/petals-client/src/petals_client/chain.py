@@ -1,0 +1,74 @@
+"""What computes blocks, seen from the model: two calls on packed hidden states.
+
+Letters: N tokens of all rows, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from petals_client.packing import PositionRuns
+    from petals_client.trace import StepTrace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRequest:
+    """What a session's step does beside computing its tokens; the words are those of the wire's ``Step``."""
+
+    keep: int
+    row_tokens: tuple[int, ...]
+    row_order: tuple[int, ...] | None = None
+    position_runs: PositionRuns | None = None
+
+
+class ChainSession(Protocol):
+    """An attention cache that lies with the servers of one chain."""
+
+    def step(self, hidden: Tensor, request: StepRequest) -> Tensor:
+        """Append tokens and return their hidden states [N, H] behind the last block, in the same dtype on the CPU.
+
+        Raises:
+            PetalsError: the step was not done; the session is lost.
+        """
+
+    def trace(self) -> tuple[StepTrace, ...]:
+        """Where the time of the last steps went."""
+
+    def close(self) -> None:
+        """Free the cache; idempotent, never raises, does not wait for the servers."""
+
+
+class Chain(Protocol):
+    """Access to all blocks of one model."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        start: int,
+        end: int,
+        row_tokens: tuple[int, ...],
+        position_runs: PositionRuns | None,
+    ) -> Tensor:
+        """Compute whole rows without a cache; returns [N, H] in the same dtype on the CPU.
+
+        Raises:
+            PetalsError: no chain could do it.
+        """
+
+    def open_session(self, *, start: int, end: int, num_rows: int, max_length: int) -> ChainSession:
+        """Open a session on blocks ``start:end`` for up to ``max_length`` columns.
+
+        Raises:
+            PetalsError: no chain could be opened.
+        """
+
+    def close(self) -> None:
+        """Let go of all connections; idempotent."""

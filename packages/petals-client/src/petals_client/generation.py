@@ -1,0 +1,354 @@
+"""What a distributed model adds to its Transformers class: sessions, and ``generate`` within them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from petals_client.inference_session import DRAFT_COLUMNS, InferenceSession
+from petals_client.remote_sequential import BlockCall, RemoteSequential, entered
+from petals_core.errors import InvalidRequestError, SessionLengthError
+from petals_core.models.transformers_generation import (
+    BaseCall,
+    CountingCache,
+    EmptyCache,
+    GenerationEntry,
+    read_base_call,
+    takes_position_ids,
+)
+
+if TYPE_CHECKING:
+    pass
+
+BLOCKS_ATTRIBUTE = "_petals_blocks"
+"""Where a base model, and the part of it that iterates over the blocks, note the path of these from there."""
+
+
+@dataclass(slots=True, eq=False)
+class _Generation:
+    """A call of ``generate`` outside of a session, and the sessions that were opened for it."""
+
+    blocks: RemoteSequential
+    max_length: int = 1
+    sessions: list[InferenceSession] = field(default_factory=list)
+
+    def new_cache(self) -> CountingCache:
+        session = self.blocks.new_session(self.max_length)
+        self.sessions.append(session)
+        return session.cache
+
+    def close(self) -> None:
+        for session in self.sessions:
+            session.close()
+
+
+_generation: ContextVar[_Generation | None] = ContextVar("petals generation", default=None)
+
+
+def _current_generation(blocks: RemoteSequential) -> _Generation | None:
+    generation = _generation.get()
+    return generation if generation is not None and generation.blocks.chain is blocks.chain else None
+
+
+# --- the base model ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def remote_base_class(base_class: type[Any]) -> type[Any]:
+    """A subclass under the same name whose forward tells its remote blocks what they have to know."""
+    original = base_class.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        blocks: RemoteSequential = self.get_submodule(getattr(self, BLOCKS_ATTRIBUTE))
+        call = read_base_call(self, original, args, kwargs)
+        session = _choose_session(blocks, call)
+        block_call = _read_block_call(blocks, session, call, counts_positions=takes_position_ids(original))
+        past = 0 if session is None else session.position
+        with entered(block_call):
+            output = original(self, **call.arguments)
+        if session is not None:
+            session.note_tokens(call.arguments.get("input_ids"), past)
+        return output
+
+    body = {"forward": forward, "__module__": base_class.__module__, "__qualname__": base_class.__qualname__}
+    return type(base_class.__name__, (base_class,), body)
+
+
+def _choose_session(blocks: RemoteSequential, call: BaseCall) -> InferenceSession | None:
+    """Find the session that a forward belongs to, and give the model the cache that stands for it."""
+    cache = call.past_key_values
+    session: InferenceSession | None = None
+    if cache is None:
+        generation = _current_generation(blocks)
+        if generation is not None:
+            # A second context beside the first, such as that of classifier-free guidance.
+            if call.use_cache:
+                session = _session_of(generation.new_cache(), blocks)
+        elif call.arguments.get("use_cache") is not False:
+            session = blocks.open_session
+    else:
+        session = _session_of(cache, blocks)
+    if session is not None:
+        call.arguments["past_key_values"] = session.cache
+        call.arguments["use_cache"] = True
+    elif call.use_cache:
+        call.arguments["past_key_values"] = EmptyCache()
+    return session
+
+
+def _session_of(cache: object, blocks: RemoteSequential) -> InferenceSession:
+    if isinstance(cache, EmptyCache):
+        raise InvalidRequestError(
+            "this past_key_values is of a forward that kept nothing: open a session first, "
+            "with model.inference_session(max_length=...)"
+        )
+    if not isinstance(cache, CountingCache) or not isinstance(cache.session, InferenceSession):
+        raise InvalidRequestError(
+            f"past_key_values of type {type(cache).__name__} can't be used with remote blocks, which keep their caches "
+            "themselves: open a session with model.inference_session(max_length=...) and pass session.cache"
+        )
+    if not cache.session.is_of(blocks.chain, blocks.start, blocks.end):
+        raise InvalidRequestError("this past_key_values belongs to another model's session")
+    return cache.session
+
+
+def _read_block_call(
+    blocks: RemoteSequential, session: InferenceSession | None, call: BaseCall, *, counts_positions: bool
+) -> BlockCall:
+    past = 0 if session is None else session.position
+    valid: Tensor | None = None
+    if call.attention_mask is not None:
+        mask = call.attention_mask
+        if tuple(mask.shape) != (call.num_rows, past + call.width):
+            raise InvalidRequestError(
+                f"an attention mask of shape {list(mask.shape)} does not fit {call.num_rows} rows of "
+                f"{past} cached and {call.width} new tokens"
+            )
+        if session is not None and past and not session.has_mask(mask[:, :past]):
+            raise InvalidRequestError("the attention mask changed for tokens that the session has already cached")
+        valid = mask[:, past:]
+    position_ids = call.position_ids
+    if not counts_positions:
+        position_ids = None
+    elif position_ids is None and (valid is not None or past):
+        # Transformers' own default: columns are counted, pads included.
+        position_ids = torch.arange(past, past + call.width)[None]
+    return BlockCall(blocks=blocks, session=session, valid=valid, position_ids=position_ids)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class DistributedModel:
+    """Mixin before a model class of Transformers whose blocks are remote."""
+
+    base_model: Any
+
+    @property
+    def remote_blocks(self) -> RemoteSequential:
+        """The module that stands for all blocks."""
+        base = self.base_model
+        blocks = base.get_submodule(getattr(base, BLOCKS_ATTRIBUTE))
+        assert isinstance(blocks, RemoteSequential)
+        return blocks
+
+    @contextmanager
+    def inference_session(self, *, max_length: int) -> Iterator[InferenceSession]:
+        """Open a session that keeps its attention cache over the calls of ``generate`` and forward inside.
+
+        Inside, new tokens alone are passed, and ``generate()`` without tokens goes on where the last one ended.
+        """
+        with self.remote_blocks.inference_session(max_length=max_length) as session:
+            yield session
+
+    def use_session(self, session: InferenceSession) -> Any:
+        """Context manager: let the calls inside use a session that was opened before."""
+        return self.remote_blocks.use_session(session)
+
+    # --- what would go wrong without a word ---------------------------------------------------------------------------
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: what is here is not the whole model, and would look like it.
+
+        Raises:
+            InvalidRequestError: always.
+        """
+        raise InvalidRequestError(
+            "a distributed model holds no blocks, so that saving it would give a broken checkpoint: "
+            "save the parts that you trained with torch.save(module.state_dict(), ...)"
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse, as ``save_pretrained`` does.
+
+        Raises:
+            InvalidRequestError: always.
+        """
+        self.save_pretrained()
+
+    def close(self) -> None:
+        """Let go of all connections; the model can't be used afterwards."""
+        self.remote_blocks.chain.close()
+
+
+class DistributedGeneration(DistributedModel, GenerationEntry):
+    """The same for a class that generates."""
+
+    def generate(
+        self, inputs: Tensor | None = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate as Transformers does, with all its options.
+
+        Outside of a session one is opened for the call. In a session (the one that is open, or ``session``) ``inputs``
+        are the tokens that are new, None to go on from the last one; what comes back begins with them, not with what
+        was said before. With ``past_key_values=session.cache`` the whole sequence goes in and comes back.
+
+        Raises:
+            PetalsError: see ``InferenceSession.step``; Transformers' own errors come as they are.
+        """
+        if kwargs.get("cache_implementation") == "paged":
+            self.generate_batch()
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        blocks = self.remote_blocks
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            session = _session_of(cache, blocks)
+            return self._generate_whole(session, inputs, args, kwargs)
+        session = session if session is not None else blocks.open_session
+        if session is not None:
+            return self._generate_on(session, inputs, args, kwargs)
+        generation = _Generation(blocks)
+        token = _generation.set(generation)
+        try:
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            _generation.reset(token)
+            generation.close()
+
+    def _generate_on(
+        self, session: InferenceSession, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Append new tokens to a session and go on."""
+        if kwargs.get("inputs_embeds") is not None:
+            raise InvalidRequestError("a session is continued with token ids: pass input_ids, not inputs_embeds")
+        previous = session.output_ids
+        if previous is None and session.position:
+            raise InvalidRequestError(
+                "the session holds embeddings whose tokens are not known: go on with the model's forward, "
+                "or pass the whole sequence with past_key_values=session.cache"
+            )
+        if previous is None and inputs is None:
+            raise InvalidRequestError("the session is empty and has nothing to go on from: pass a prompt")
+        if previous is None:
+            whole = inputs
+        else:
+            if inputs is not None and inputs.shape[0] != previous.shape[0]:
+                raise InvalidRequestError(
+                    f"the session has {previous.shape[0]} rows and can't go on with {inputs.shape[0]}: open another one"
+                )
+            previous = previous.to(self.base_model.device)
+            whole = previous if inputs is None else torch.cat([previous, inputs.to(previous.device)], dim=1)
+            kwargs["attention_mask"] = self._whole_mask(session, previous, inputs, kwargs.get("attention_mask"))
+        assert whole is not None
+        num_previous = 0 if previous is None else previous.shape[1]
+        result = self._generate_whole(session, whole, args, {**kwargs, "past_key_values": session.cache})
+        if isinstance(result, Tensor):
+            return result[:, num_previous:]
+        result.sequences = result.sequences[:, num_previous:]
+        return result
+
+    def _whole_mask(
+        self, session: InferenceSession, previous: Tensor, inputs: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """The mask [R, previous and new] for a session's tokens and what is said of the new ones."""
+        num_new = 0 if inputs is None else inputs.shape[1]
+        if mask is not None and mask.shape[1] == previous.shape[1] + num_new:
+            return mask
+        before = session.output_mask
+        before = torch.ones_like(previous) if before is None else before.to(previous)
+        if inputs is None:
+            return before
+        if mask is None:
+            mask = torch.ones_like(inputs)
+            pad = getattr(self, "generation_config").pad_token_id  # noqa: B009  # of the class that this is mixed into
+            ends = getattr(self, "generation_config").eos_token_id  # noqa: B009
+            if pad is not None and pad not in (ends if isinstance(ends, list) else [ends]):
+                mask = (inputs != pad).long()  # as Transformers infers it for a first prompt
+        if mask.shape != inputs.shape:
+            raise InvalidRequestError(
+                f"an attention mask of shape {list(mask.shape)} fits neither the new tokens {list(inputs.shape)} "
+                "nor all tokens of the session"
+            )
+        return torch.cat([before, mask.to(before)], dim=1)
+
+    def _generate_whole(
+        self, session: InferenceSession, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``generate`` on whole sequences whose first columns a session has cached."""
+        config = args[0] if args else kwargs.get("generation_config") or getattr(self, "generation_config")  # noqa: B009
+        if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+            raise InvalidRequestError(
+                "beam search ends with other rows than it began with and can't be part of a session: "
+                "call generate outside of the session"
+            )
+        if kwargs.get("use_cache") is False:
+            raise InvalidRequestError("use_cache=False contradicts the open session: leave it out")
+        session.recover()
+        if inputs is not None:
+            mask = kwargs.get("attention_mask")
+            if mask is None or mask.shape[1] == inputs.shape[1]:
+                session.keep_common_prefix(inputs)
+        with session.generating():
+            result = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        session.set_output(sequences)
+        return result
+
+    def _new_generation_cache(self, max_length: int) -> CountingCache:
+        generation = _generation.get()
+        assert generation is not None
+        generation.max_length = max_length
+        return generation.new_cache()
+
+    def _check_generation_cache(self, cache: CountingCache, max_length: int) -> None:
+        assert isinstance(cache.session, InferenceSession)
+        limit = cache.session.max_length + DRAFT_COLUMNS
+        if max_length > limit:
+            raise SessionLengthError(
+                f"up to {max_length - DRAFT_COLUMNS} tokens may have to be cached and the session holds "
+                f"{cache.session.max_length}: lower max_new_tokens, or open it with a larger max_length"
+            )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: Transformers' own continuous batching manages pages of a local cache.
+
+        Raises:
+            InvalidRequestError: always.
+        """
+        raise InvalidRequestError(
+            "paged generation manages a local cache: call generate() without cache_implementation; "
+            "the servers batch by themselves"
+        )
+
+
+@functools.cache
+def distributed_class(model_class: type[Any]) -> type[Any]:
+    """A subclass under the same name (pipelines look it up) with what ``DistributedModel`` adds."""
+    body = {
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+        "__doc__": model_class.__doc__,
+    }
+    from transformers import GenerationMixin
+
+    mixin = DistributedGeneration if issubclass(model_class, GenerationMixin) else DistributedModel
+    return type(model_class.__name__, (mixin, model_class), body)

@@ -1,0 +1,60 @@
+"""What a client is told about the swarm, and its time limits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from petals_core.addresses import Address
+from petals_core.errors import ConfigurationError
+from petals_core.swarm_key import SwarmKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """How to reach a swarm. Times are in seconds."""
+
+    initial_peers: tuple[Address, ...]
+    swarm_key: SwarmKey | None = None
+    connect_timeout_s: float = 5.0
+    """For finding the initial peers, and for each connection to a server."""
+    step_timeout_s: float = 60.0
+    """For one step of a session, or one request, through one server, its waiting in a queue included."""
+    open_timeout_s: float = 30.0
+    """For opening a session, waiting for room in a server's cache included."""
+    refresh_s: float = 20.0
+    """Age at which what is known of the servers is looked up again."""
+    max_tokens_per_request: int = 2048
+    """Longer prompts and larger batches travel in parts."""
+    max_attempts: int = 4
+    """Chains that are tried before a request fails."""
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        initial_peers: Sequence[str | Address],
+        swarm_key_file: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> ClientOptions:
+        """Read addresses from their text form, and the key from its file.
+
+        Raises:
+            ConfigurationError: an address or the file can't be used, or there are no addresses.
+        """
+        if isinstance(initial_peers, (str, Address)):
+            initial_peers = [initial_peers]
+        addresses: list[Address] = []
+        for peer in initial_peers:
+            parts = [peer] if isinstance(peer, Address) else map(Address.parse, peer.replace(",", " ").split())
+            addresses.extend(parts)
+        if not addresses:
+            raise ConfigurationError("no initial peers: give the address HOST:PORT of at least one peer of the swarm")
+        return cls(
+            initial_peers=tuple(dict.fromkeys(addresses)),
+            swarm_key=None if swarm_key_file is None else SwarmKey.read(Path(swarm_key_file)),
+            **settings,
+        )

@@ -1,0 +1,187 @@
+"""One module that stands for all blocks of a model and sends hidden states through the swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from petals_client.chain import Chain
+from petals_client.inference_session import InferenceSession
+from petals_client.packing import pack, read_layout, read_position_runs, unpack
+from petals_core.errors import InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockCall:
+    """What the base model's forward knows and its blocks are not told: 2D masks, positions, the session."""
+
+    blocks: RemoteSequential
+    session: InferenceSession | None
+    valid: Tensor | None
+    """Of the new columns only."""
+    position_ids: Tensor | None
+
+
+_call: ContextVar[BlockCall | None] = ContextVar("petals block call", default=None)
+_sessions: ContextVar[tuple[tuple[Chain, InferenceSession], ...]] = ContextVar("petals open sessions", default=())
+
+
+class RemoteSequential(nn.Module):
+    """Blocks ``start:end`` of a model, computed by servers; stands where Transformers keeps its ``ModuleList``.
+
+    Transformers iterates over its blocks, or over ``blocks[:num_hidden_layers]``: both yield this module, once, while
+    ``len`` is the true number. Other slices and indices give modules for those blocks, to be called on hidden states
+    [R, T, H]. It has no parameters and no buffers.
+    """
+
+    attention_type = "full_attention"
+    """Some families choose a mask by this; none of their masks is used here."""
+
+    def __init__(self, chain: Chain, *, returns_tuple: bool, start: int = 0, end: int | None = None) -> None:
+        super().__init__()
+        self.chain = chain
+        self.start = start
+        self.end = chain.num_blocks if end is None else end
+        self._returns_tuple = returns_tuple
+
+    # --- as a list ----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[RemoteSequential]:
+        yield self
+
+    @overload
+    def __getitem__(self, index: slice) -> RemoteSequential: ...
+    @overload
+    def __getitem__(self, index: int) -> RemoteSequential: ...
+    def __getitem__(self, index: int | slice) -> RemoteSequential:
+        """Return a module for some of the blocks; the slice of all is this module itself.
+
+        Raises:
+            IndexError: there is no such block, or the slice is empty or has a step.
+        """
+        if isinstance(index, slice):
+            first, last, stride = index.indices(len(self))
+            if stride != 1 or first >= last:
+                raise IndexError("remote blocks can be sliced only without a step, and not to nothing")
+        else:
+            first = index + len(self) if index < 0 else index
+            last = first + 1
+            if not 0 <= first < len(self):
+                raise IndexError(f"there are blocks 0 to {len(self) - 1}, not {index}")
+        if (first, last) == (0, len(self)):
+            return self
+        # As a researcher calls it, whatever the family's own blocks return.
+        return RemoteSequential(self.chain, returns_tuple=False, start=self.start + first, end=self.start + last)
+
+    def extra_repr(self) -> str:
+        return f"blocks {self.start}:{self.end}, computed by a swarm"
+
+    # --- as a block ---------------------------------------------------------------------------------------------------
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """Run hidden states through the blocks.
+
+        Called by its base model it takes mask, positions and session from there; what the model passes for its own
+        kind of blocks (4D masks, rotary tables) is of no use to servers and ignored. Called directly all columns count
+        as tokens, in the session that is open, if any.
+
+        Raises:
+            PetalsError: see ``InferenceSession.step`` and ``Chain.forward``.
+        """
+        call = _call.get()
+        if call is not None and call.blocks is self:
+            _call.set(None)  # taken: a forward that fails later must leave nothing to the next one
+        else:
+            if kwargs.get("attention_mask") is not None:
+                raise InvalidRequestError("remote blocks take no mask when called directly: pass rows without pads")
+            call = BlockCall(blocks=self, session=self.open_session, valid=None, position_ids=None)
+        if hidden.requires_grad and torch.is_grad_enabled():
+            output: Tensor = _NoGradient.apply(hidden, lambda hidden: self._run(hidden, call))
+        else:
+            output = self._run(hidden.detach(), call)
+        return (output,) if self._returns_tuple else output
+
+    def _run(self, hidden: Tensor, call: BlockCall) -> Tensor:
+        if call.session is not None:
+            return call.session.step(hidden, valid=call.valid, position_ids=call.position_ids)
+        num_rows, width, _ = hidden.shape
+        layout = read_layout(num_rows, width, call.valid)
+        if layout.num_tokens == 0:
+            return torch.zeros_like(hidden)
+        runs = None if call.position_ids is None else read_position_runs(call.position_ids, layout, [0] * num_rows)
+        packed = self.chain.forward(
+            pack(hidden, layout).cpu(),
+            start=self.start,
+            end=self.end,
+            row_tokens=layout.row_tokens,
+            position_runs=runs,
+        )
+        return unpack(packed.to(hidden.device), layout)
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    @property
+    def open_session(self) -> InferenceSession | None:
+        """The innermost session on these blocks that was opened around the caller with ``use_session``."""
+        for chain, session in reversed(_sessions.get()):
+            if chain is self.chain and (session.start, session.end) == (self.start, self.end):
+                return session
+        return None
+
+    def new_session(self, max_length: int) -> InferenceSession:
+        """Make a session that is not open around anything; nothing travels before its first step."""
+        return InferenceSession(self.chain, start=self.start, end=self.end, max_length=max_length)
+
+    @contextmanager
+    def use_session(self, session: InferenceSession) -> Iterator[InferenceSession]:
+        """Let calls inside use a session; this thread (and asyncio task) only. Does not close it."""
+        token = _sessions.set((*_sessions.get(), (self.chain, session)))
+        try:
+            yield session
+        finally:
+            _sessions.reset(token)
+
+    @contextmanager
+    def inference_session(self, *, max_length: int) -> Iterator[InferenceSession]:
+        """Open a session for the calls inside, and close it behind them."""
+        with self.new_session(max_length) as session, self.use_session(session):
+            yield session
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
+        return RemoteSequential(self.chain, returns_tuple=self._returns_tuple, start=self.start, end=self.end)
+
+
+@contextmanager
+def entered(call: BlockCall) -> Iterator[None]:
+    """Tell the blocks of a base model what its forward knows, while that runs."""
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+class _NoGradient(torch.autograd.Function):
+    """A forward through servers, whose backward says that it can't be done yet."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        return run(hidden.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise InvalidRequestError(
+            "gradients do not flow through remote blocks yet: freeze what lies before them (embeddings), "
+            "or run the forward under torch.no_grad()"
+        )

@@ -1,0 +1,232 @@
+"""The chain of servers behind a model's blocks, callable from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from petals_client.chain import StepRequest
+from petals_client.chunks import Part, split_columns, split_rows
+from petals_client.loop_thread import LoopThread, inherit
+from petals_client.options import ClientOptions
+from petals_client.packing import PositionRuns
+from petals_client.routing.graph import Chain
+from petals_client.session import States
+from petals_client.swarm import Swarm
+from petals_client.swarm_session import SwarmSession
+from petals_client.trace import StepTrace
+from petals_core.models.checkpoint import Checkpoint
+from petals_core.models.split import block_count
+from petals_core.tensors.codec import decode, encode
+
+T = TypeVar("T")
+
+
+class SwarmChain:
+    """A ``petals_client.chain.Chain`` of the servers of one checkpoint.
+
+    Any thread may use it, also while an event loop of the caller's runs in that thread. A forked child makes a loop and
+    connections of its own when it first uses it; sessions do not go over into the child.
+    """
+
+    def __init__(self, options: ClientOptions, *, model_name: str, fingerprint: str, num_blocks: int, torch_dtype: str):
+        self.options = options
+        self.num_blocks = num_blocks
+        self._make_swarm = lambda: Swarm(
+            options,
+            model_name=model_name,
+            fingerprint=fingerprint,
+            num_blocks=num_blocks,
+            torch_dtype=torch_dtype,
+        )
+        self._swarm: Swarm | None = None
+        self._thread = LoopThread(forget=_Forget(self))
+        self._finalizer = weakref.finalize(self, self._thread.close)
+
+    @classmethod
+    def connect(cls, checkpoint: Checkpoint, options: ClientOptions) -> SwarmChain:
+        """Join the swarm and look up the servers of a checkpoint; that there are none yet is no error.
+
+        Raises:
+            NoPeersError: none of the initial peers answers.
+        """
+        chain = cls(
+            options,
+            model_name=checkpoint.name,
+            fingerprint=checkpoint.fingerprint,
+            num_blocks=block_count(checkpoint.config),
+            torch_dtype=str(checkpoint.dtype).removeprefix("torch."),
+        )
+        try:
+            chain._thread.run(chain._refresh())
+        except BaseException:
+            chain.close()
+            raise
+        return chain
+
+    # --- Chain --------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        start: int,
+        end: int,
+        row_tokens: tuple[int, ...],
+        position_runs: PositionRuns | None,
+    ) -> Tensor:
+        """See ``Chain.forward``. Parts of a large batch are under way at once."""
+        parts = split_rows(row_tokens, position_runs, self.options.max_tokens_per_request)
+        inputs = [encode_states(_take(hidden, part)) for part in parts]
+
+        async def run() -> list[States]:
+            swarm = await self._ensure_swarm()
+            return await _gather(
+                [
+                    swarm.forward(
+                        states, start=start, end=end, row_tokens=part.row_tokens, position_runs=part.position_runs
+                    )
+                    for part, states in zip(parts, inputs, strict=True)
+                ]
+            )
+
+        return _join(hidden, parts, self._thread.run(run()))
+
+    def open_session(self, *, start: int, end: int, num_rows: int, max_length: int) -> SwarmChainSession:
+        """See ``Chain.open_session``."""
+
+        async def run() -> SwarmSession:
+            swarm = await self._ensure_swarm()
+            session = SwarmSession(swarm, start=start, end=end, num_rows=num_rows, max_length=max_length)
+            await session.open()
+            return session
+
+        return SwarmChainSession(self._thread, self._thread.run(run()), self.options)
+
+    def close(self) -> None:
+        """Close all connections and end the thread; idempotent."""
+        swarm, self._swarm = self._swarm, None
+        if swarm is not None:
+            try:
+                self._thread.run(swarm.close())
+            finally:
+                self._thread.close()
+        else:
+            self._thread.close()
+
+    # --- for status ---------------------------------------------------------------------------------------------------
+
+    async def _refresh(self) -> None:
+        swarm = await self._ensure_swarm()
+        await swarm.directory.refresh()
+
+    async def _ensure_swarm(self) -> Swarm:
+        if self._swarm is None:
+            self._swarm = self._make_swarm()
+        return self._swarm
+
+    def run(self, use: Callable[[Swarm], Coroutine[Any, Any, T]]) -> T:
+        """Run something on the swarm in its loop."""
+
+        async def run() -> T:
+            return await use(await self._ensure_swarm())
+
+        return self._thread.run(run())
+
+    def __deepcopy__(self, memo: object) -> SwarmChain:
+        return self
+
+    def _forget(self) -> None:
+        inherit(self._swarm)
+        self._swarm = None
+
+
+class _Forget:
+    """Calls ``SwarmChain._forget`` without keeping the chain alive."""
+
+    def __init__(self, chain: SwarmChain) -> None:
+        self._chain = weakref.ref(chain)
+
+    def __call__(self) -> None:
+        chain = self._chain()
+        if chain is not None:
+            chain._forget()
+
+
+class SwarmChainSession:
+    """A ``petals_client.chain.ChainSession`` with the servers of a chain."""
+
+    def __init__(self, thread: LoopThread, session: SwarmSession, options: ClientOptions) -> None:
+        self._thread = thread
+        self._session = session
+        self._options = options
+
+    @property
+    def chain(self) -> Chain:
+        """The servers that serve it."""
+        return self._session.chain
+
+    def step(self, hidden: Tensor, request: StepRequest) -> Tensor:
+        """See ``ChainSession.step``. Parts of a long prompt follow each other through the chain."""
+        if hidden.shape[0] <= self._options.max_tokens_per_request:
+            return decode_states(self._thread.run(self._session.step([(request, encode_states(hidden))]))[0])
+        parts = split_columns(request, self._options.max_tokens_per_request)
+        inputs = [(step, encode_states(_take(hidden, part))) for step, part in parts]
+        return _join(hidden, [part for _, part in parts], self._thread.run(self._session.step(inputs)))
+
+    def trace(self) -> tuple[StepTrace, ...]:
+        """See ``ChainSession.trace``."""
+        return tuple(self._session.traces)
+
+    def close(self) -> None:
+        """See ``ChainSession.close``."""
+        self._thread.start_soon(self._session.close)
+
+
+def encode_states(hidden: Tensor) -> States:
+    """Describe hidden states [N, H] without a copy, if they are contiguous."""
+    spec, payload = encode(hidden)
+    return States(spec=spec, payload=payload)
+
+
+def decode_states(states: States) -> Tensor:
+    """Return hidden states [N, H] that lie in the received bytes."""
+    (payload,) = states.payload
+    return decode(states.spec, memoryview(payload))
+
+
+def _take(hidden: Tensor, part: Part) -> Tensor:
+    pieces = [hidden[first : first + count] for first, count in part.ranges if count]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _join(hidden: Tensor, parts: Sequence[Part], results: Sequence[States]) -> Tensor:
+    """Put what came back for each part where it belongs in the whole."""
+    if len(parts) == 1 and parts[0].ranges and sum(count for _, count in parts[0].ranges) == hidden.shape[0]:
+        return decode_states(results[0])
+    output = torch.empty_like(hidden)
+    for part, states in zip(parts, results, strict=True):
+        tokens = decode_states(states)
+        offset = 0
+        for first, count in part.ranges:
+            output[first : first + count] = tokens[offset : offset + count]
+            offset += count
+    return output
+
+
+async def _gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, or the first error; then the others are cancelled and have ended."""
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
