@@ -61,7 +61,7 @@ from petals_dht.storage import FIRST_SLOT, LAST_SLOT, Storage
 log = logging.getLogger(__name__)
 Reach = Callable[[str, int, PeerId], Awaitable[str]]
 """Connect to (host, port) and check that this peer listens there; returns "" or why not."""
-_FOUND_BYTES = 144
+FOUND_BYTES = 144
 """A ``Found`` without entries and contacts."""
 _TOKEN_LIFETIME_S = 300.0
 _MAX_CALLS = 64
@@ -380,7 +380,7 @@ class DirectoryProtocol(KademliaProtocol):
     def rpc_find_value(self, source: Contact, request: Find) -> Found:
         """A page of what is kept here; the first page has the nearest contacts too and what room they leave."""
         contacts_4, contacts_6 = (b"", b"") if request.after is not None else self._nearest(source, request.key)
-        room = MAX_BODY_BYTES - len(contacts_4) - len(contacts_6) - _FOUND_BYTES
+        room = MAX_BODY_BYTES - len(contacts_4) - len(contacts_6) - FOUND_BYTES
         page = self._storage.page(
             request.key,
             now_s=self._clock(),

@@ -51,7 +51,9 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
+    """A verified announcement and who is charged for it."""
+
     signed: SignedAnnouncement
     source: str
 
@@ -70,7 +72,7 @@ class _Shelf:
 
     slots: list[bytes] = field(default_factory=list)
     """Sorted."""
-    entries: dict[bytes, _Entry] = field(default_factory=dict)
+    entries: dict[bytes, Entry] = field(default_factory=dict)
     digest: bytes | None = None
     next_expiry_s: float = float("inf")
 
@@ -128,7 +130,7 @@ class Storage:
         old = shelf.entries.get(slot) if shelf is not None else None
         if old is not None and not wins(signed, old.signed):
             return
-        entry = _Entry(signed, source_group(source_host))
+        entry = Entry(signed, source_group(source_host))
         if old is not None:
             self._remove(key, slot)
         else:
@@ -187,7 +189,7 @@ class Storage:
             self._remove(key, slot)
         shelf.next_expiry_s = min((entry.expires_at_s for entry in shelf.entries.values()), default=float("inf"))
 
-    def _make_room(self, key: bytes, newcomer: _Entry) -> None:
+    def _make_room(self, key: bytes, newcomer: Entry) -> None:
         shelf = self._shelves.get(key)
         if shelf is not None and len(shelf.slots) >= self._limits.max_entries_per_key:
             use = Counter(entry.source for entry in shelf.entries.values())
@@ -198,7 +200,7 @@ class Storage:
             use = Counter({source: len(places) for source, places in self._places.items()})
             self._remove(*next(iter(self._places[_who_gives_way(use, newcomer.source)])))
 
-    def _insert(self, key: bytes, slot: bytes, entry: _Entry) -> None:
+    def _insert(self, key: bytes, slot: bytes, entry: Entry) -> None:
         shelf = self._shelves.setdefault(key, _Shelf())
         bisect.insort(shelf.slots, slot)
         shelf.entries[slot] = entry

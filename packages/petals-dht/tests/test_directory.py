@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from petals_core.addresses import Address
+from petals_core.announcement import SignedAnnouncement
+from petals_core.errors import ConfigurationError, InvalidRequestError, NoPeersError
+from petals_core.identity import Identity
+from petals_core.limits import MAX_DATAGRAM_BYTES
+from petals_core.swarm_key import SwarmKey
+from petals_dht.contacts import MODELS_KEY, model_key
+from petals_dht.directory import Directory
+from petals_dht.node import NodeTiming
+from petals_dht.storage import Entry
+from petals_dht.testing import FINGERPRINT, make_announcement, start_swarm
+
+QUICK = NodeTiming(attempt_timeout_s=0.3)
+
+
+def address_of(directory: Directory) -> Address:
+    return Address("127.0.0.1", directory.port)
+
+
+def plant(directory: Directory, signed: SignedAnnouncement, key: bytes = model_key(FINGERPRINT)) -> None:
+    """Put an announcement into one node's storage, as if it had been stored there."""
+    directory.node.storage.store(key, signed.encoded, source_host="192.0.2.1", now_s=directory.node.clock())
+
+
+def test_servers_are_found_by_clients_and_nodes() -> None:
+    async def main() -> None:
+        async with start_swarm(12) as swarm:
+            announced = [make_announcement(each.identity) for each in swarm[:5]]
+            for each, signed in zip(swarm, announced, strict=False):
+                assert await each.announce(signed) == 12
+            async with await Directory.connect([address_of(swarm[7])]) as client:
+                for directory in (client, swarm[0], swarm[11]):
+                    found = await directory.find_servers(FINGERPRINT)
+                    assert {signed.encoded for signed in found} == {signed.encoded for signed in announced}
+                assert await client.find_servers("0" * 64) == []
+                (model,) = await client.list_models()
+                assert (model.model_name, model.fingerprint, model.num_blocks) == ("test-model", FINGERPRINT, 12)
+                assert client.observed_host() == "127.0.0.1"
+                assert client.initial_peers == (address_of(swarm[7]),)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
+def test_a_hundred_nodes_and_a_hundred_announcements() -> None:
+    async def main() -> None:
+        async with start_swarm(100) as swarm:
+            holders = swarm[0].node.protocol.router.nearest(model_key(FINGERPRINT), 20)
+            nodes = {each.node.protocol.own.id: each for each in swarm}
+            announced = [make_announcement(public_name="x" * (number % 60)) for number in range(100)]
+            for contact in holders:
+                for signed in announced:
+                    plant(nodes[contact.id], signed)
+            async with await Directory.connect([address_of(swarm[50])]) as client:
+                found = await client.find_servers(FINGERPRINT)
+                assert {signed.encoded for signed in found} == {signed.encoded for signed in announced}
+            largest = max(each.node.protocol.max_sent_bytes for each in swarm)
+            assert 1000 < largest <= MAX_DATAGRAM_BYTES
+
+    asyncio.run(main())
+
+
+def test_answers_of_different_nodes_are_merged() -> None:
+    async def main() -> None:
+        async with start_swarm(4) as swarm:
+            parts = [[make_announcement() for _ in range(7)] for _ in swarm]
+            for each, part in zip(swarm, parts, strict=True):
+                for signed in part:
+                    plant(each, signed)
+            found = await swarm[0].find_servers(FINGERPRINT)
+            assert len(found) == 28
+            assert {signed.encoded for signed in found} == {signed.encoded for part in parts for signed in part}
+
+    asyncio.run(main())
+
+
+def test_a_restarted_server_replaces_itself_at_once() -> None:
+    async def main() -> None:
+        now_s = time.time()
+        async with start_swarm(3) as swarm:
+            identity = swarm[1].identity
+            await swarm[1].announce(make_announcement(identity, now_s=now_s - 5, start=0))
+            await swarm[1].announce(make_announcement(identity, now_s=now_s, start=3))
+            plant(swarm[2], make_announcement(identity, now_s=now_s - 5, start=0))
+            (found,) = await swarm[2].find_servers(FINGERPRINT)
+            assert found.announcement.start == 3
+
+    asyncio.run(main())
+
+
+def test_a_server_that_withdraws_is_gone_even_where_the_note_did_not_arrive() -> None:
+    async def main() -> None:
+        async with start_swarm(4) as swarm:
+            signed = make_announcement(swarm[1].identity)
+            await swarm[1].announce(signed)
+            assert len(await swarm[0].find_servers(FINGERPRINT)) == 1
+            assert await swarm[1].withdraw(signed) == 4
+            late = await Directory.start(Identity.ephemeral(), "127.0.0.1", initial_peers=[address_of(swarm[0])])
+            async with late:
+                plant(late, signed)
+                for directory in (*swarm, late):
+                    assert await directory.find_servers(FINGERPRINT) == []
+            await swarm[1].announce(signed)
+            assert await swarm[0].find_servers(FINGERPRINT) == [], "an older announcement does not come back"
+            with pytest.raises(InvalidRequestError):
+                await swarm[2].withdraw(signed)
+
+    asyncio.run(main())
+
+
+def test_announcements_expire_by_the_clock() -> None:
+    async def main() -> None:
+        async with start_swarm(2) as swarm:
+            signed = make_announcement(swarm[1].identity)
+            await swarm[1].announce(signed)
+            expiry_s = signed.announcement.expires_at_s
+            assert await swarm[0].find_servers(FINGERPRINT, now=expiry_s - 1) == [signed]
+            assert await swarm[0].find_servers(FINGERPRINT, now=expiry_s) == []
+            assert await swarm[0].list_models(now=expiry_s) == []
+
+    asyncio.run(main())
+
+
+def test_what_liars_keep_is_never_returned() -> None:
+    async def main() -> None:
+        async with start_swarm(3) as swarm:
+            good = make_announcement()
+            plant(swarm[1], good)
+            forged = good.encoded.replace(b"test-model", b"best-model")
+            old = make_announcement(now_s=time.time() - 1000)
+            for number, encoded in enumerate(
+                (forged, old.encoded, b"\x93\xa0", make_announcement(fingerprint="e" * 64).encoded)
+            ):
+                keep_unchecked(swarm[2], model_key(FINGERPRINT), bytes([number]) * 32, encoded)
+                keep_unchecked(swarm[2], MODELS_KEY, bytes([number]) * 32, encoded)
+            assert await swarm[0].find_servers(FINGERPRINT) == [good]
+            assert [model.fingerprint for model in await swarm[0].list_models()] == ["e" * 64]
+            assert swarm[0].node.protocol.dropped["announcement"] >= 4
+
+    asyncio.run(main())
+
+
+def keep_unchecked(directory: Directory, key: bytes, slot: bytes, encoded: bytes) -> None:
+    """Make a node keep what no honest node would."""
+    carrier = make_announcement()
+    lie = SignedAnnouncement(carrier.announcement, carrier.public_key, encoded)
+    storage = directory.node.storage
+    storage._insert(key, slot, Entry(lie, "192.0.2.66"))
+
+
+def test_clients_are_in_nobodys_table_and_keep_nothing() -> None:
+    async def main() -> None:
+        async with start_swarm(3) as swarm, await Directory.connect([address_of(swarm[0])]) as client:
+            await asyncio.gather(*(each.announce(make_announcement(each.identity)) for each in swarm))
+            assert await client.announce(make_announcement(client.identity)) == 3
+            assert len(await client.find_servers(FINGERPRINT)) == 4
+            own_id = client.node.protocol.own.id
+            assert all(own_id not in {known.id for known in each.node.protocol.router.contacts()} for each in swarm)
+            assert client.node.storage.num_entries == 0
+
+    asyncio.run(main())
+
+
+def test_private_swarms_know_only_their_members() -> None:
+    async def main() -> None:
+        key = SwarmKey.generate()
+        async with start_swarm(3, swarm_key=key) as swarm:
+            await swarm[1].announce(make_announcement(swarm[1].identity))
+            peers = [address_of(each) for each in swarm]
+            async with await Directory.connect(peers, swarm_key=key) as member:
+                assert len(await member.find_servers(FINGERPRINT)) == 1
+            for wrong in (None, SwarmKey.generate()):
+                with pytest.raises(NoPeersError, match="same swarm key"):
+                    await Directory.connect(peers, swarm_key=wrong, timeout_s=0.3)
+            assert all(each.node.protocol.dropped["other swarm"] for each in swarm)
+            assert all(len(each.node.protocol.router) == 2 for each in swarm)
+
+    asyncio.run(main())
+
+
+def test_no_peers_is_told_with_the_names_tried() -> None:
+    async def main() -> None:
+        async with start_swarm(1) as swarm:
+            port = swarm[0].port
+        with pytest.raises(NoPeersError, match=rf"127\.0\.0\.1:{port} \(no answer\)"):
+            await Directory.connect([Address("127.0.0.1", port)], timeout_s=0.2)
+        with pytest.raises(NoPeersError, match=r"no-such-host\.invalid:1 \(no such host\)"):
+            await Directory.connect([Address("no-such-host.invalid", 1)], timeout_s=0.5)
+        with pytest.raises(ConfigurationError, match="--initial-peers"):
+            await Directory.connect([])
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
+def test_a_swarm_that_vanished_is_an_error_and_not_empty() -> None:
+    async def main() -> None:
+        async with start_swarm(2, timing=QUICK) as swarm:
+            client = await Directory.connect([address_of(swarm[0])], timing=QUICK)
+        async with client:
+            with pytest.raises(NoPeersError):
+                await client.find_servers(FINGERPRINT, timeout_s=1)
+            with pytest.raises(NoPeersError):
+                await client.announce(make_announcement(client.identity))
+
+    asyncio.run(main())
+
+
+def test_dead_nodes_hide_nothing() -> None:
+    async def main() -> None:
+        async with start_swarm(12, timing=QUICK) as swarm:
+            signed = make_announcement(swarm[1].identity)
+            await swarm[1].announce(signed)
+            for dead in swarm[4:]:
+                await dead.close()
+            async with await Directory.connect([address_of(swarm[0])], timing=QUICK) as client:
+                assert await client.find_servers(FINGERPRINT) == [signed]
+            assert await swarm[1].announce(make_announcement(swarm[1].identity)) == 4
+
+    asyncio.run(main())
+
+
+def test_many_look_ups_at_once_and_cancelled_ones() -> None:
+    async def main() -> None:
+        async with start_swarm(5) as swarm, await Directory.connect([address_of(swarm[0])]) as client:
+            await swarm[1].announce(make_announcement(swarm[1].identity))
+            cancelled = [asyncio.create_task(client.find_servers(FINGERPRINT)) for _ in range(10)]
+            found = [asyncio.create_task(client.find_servers(FINGERPRINT)) for _ in range(40)]
+            await asyncio.wait(found, return_when=asyncio.FIRST_COMPLETED)
+            for task in cancelled:
+                task.cancel()
+            assert all(len(servers) == 1 for servers in await asyncio.gather(*found))
+            await asyncio.gather(*cancelled, return_exceptions=True)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
