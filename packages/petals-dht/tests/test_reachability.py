@@ -4,9 +4,12 @@ import asyncio
 
 from petals_core.addresses import Address
 from petals_core.identity import Identity, PeerId
+from petals_core.net.listener import Listener
+from petals_core.net.stream import Stream
 from petals_dht.directory import Directory, Reachability
 from petals_dht.protocol import NodeLimits
 from petals_dht.rates import Rate
+from petals_dht.reachability import dial_back
 from petals_dht.testing import start_swarm
 
 
@@ -58,5 +61,22 @@ def test_checks_are_limited() -> None:
             assert (await client.check_reachable(1, peer_id)).is_reachable
             found = await client.check_reachable(1, peer_id)
             assert found == Reachability("127.0.0.1", None, "too many checks at once")
+
+    asyncio.run(main())
+
+
+def test_the_dial_back_meets_the_right_peer_or_says_why_not() -> None:
+    async def main() -> None:
+        async def handle(stream: Stream) -> None:
+            stream.cancel()
+
+        identity = Identity.ephemeral()
+        listener = await Listener.start(identity=identity, host="127.0.0.1", port=0, handler=handle)
+        reach = dial_back(Identity.ephemeral(), None)
+        assert await reach("127.0.0.1", listener.port, identity.peer_id) == ""
+        assert await reach("127.0.0.1", listener.port, Identity.ephemeral().peer_id) != ""
+        await listener.close(0)
+        assert await reach("127.0.0.1", listener.port, identity.peer_id) != ""
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
