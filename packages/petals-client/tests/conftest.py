@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class LocalChain:
     """Computes each span in turn, row by row without pads, and counts what it is asked for."""
 
     def __init__(self, checkpoint: Checkpoint, cuts: tuple[int, ...]) -> None:
-        self.spans = [load_span(checkpoint, start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
+        self.spans = [load_span(checkpoint, start, end) for start, end in pairwise(cuts)]
         self.num_blocks = cuts[-1]
         self.num_forwards = 0
         self.num_steps = 0

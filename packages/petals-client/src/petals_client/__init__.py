@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         AutoDistributedModelForCausalLM,
         AutoDistributedModelForSequenceClassification,
     )
-    from petals_client.connect import AsyncClient, Client, connect, connect_async
+    from petals_client.client import AsyncClient, Client, connect, connect_async
     from petals_client.inference_session import InferenceSession
     from petals_client.options import ClientOptions
     from petals_client.remote_sequential import RemoteSequential
@@ -47,17 +47,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AsyncClient": "connect",
+    "AsyncClient": "client",
     "AutoDistributedConfig": "auto",
     "AutoDistributedModel": "auto",
     "AutoDistributedModelForCausalLM": "auto",
     "AutoDistributedModelForSequenceClassification": "auto",
-    "Client": "connect",
+    "Client": "client",
     "ClientOptions": "options",
     "InferenceSession": "inference_session",
     "RemoteSequential": "remote_sequential",
-    "connect": "connect",
-    "connect_async": "connect",
+    "connect": "client",
+    "connect_async": "client",
     "format_trace": "trace",
 }
 

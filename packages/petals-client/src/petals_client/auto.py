@@ -56,7 +56,7 @@ class _AutoDistributed:
             name_or_path: a folder, or a name on the hub; the servers must hold the very same checkpoint.
             initial_peers: addresses ``HOST:PORT`` of some peers of the swarm.
             swarm_key_file: the key of a private swarm.
-            dtype: what the client computes in; by default what the checkpoint is stored in. ``torch_dtype`` means it too.
+            dtype: what the client computes in; by default what the checkpoint is stored in. Or ``torch_dtype``.
             device_map: the device of the client's part: a name such as ``"cuda"``, or ``{"": device}``.
             config: instead of the checkpoint's own (a classifier's labels, say); what is not known by name here goes to
                 the config too, as in Transformers (``num_labels=3``).
@@ -204,7 +204,7 @@ def load_model(
         model_class = model_class[0]
     architecture = find_architecture(config)
     blocks = RemoteSequential(chain, returns_tuple=architecture.blocks_return_tuples)
-    model = load_client_half(
+    model: Any = load_client_half(
         checkpoint,
         model_class,
         blocks=blocks,
@@ -216,7 +216,7 @@ def load_model(
     # is the base model itself or (opt) a part of it, which some heads call directly.
     setattr(model.base_model, BLOCKS_ATTRIBUTE, architecture.block_path)
     owner_path, _, name = architecture.block_path.rpartition(".")
-    owner: Any = model.base_model.get_submodule(owner_path)
+    owner = model.base_model.get_submodule(owner_path)
     setattr(owner, BLOCKS_ATTRIBUTE, name)
     owner.__class__ = remote_base_class(type(owner))
     model.__class__ = distributed_class(type(model))

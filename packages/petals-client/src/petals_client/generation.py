@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -57,10 +57,23 @@ def _current_generation(blocks: RemoteSequential) -> _Generation | None:
     return generation if generation is not None and generation.blocks.chain is blocks.chain else None
 
 
+def _once_for_each(make: Callable[[type[Any]], type[Any]]) -> Callable[[type[Any]], type[Any]]:
+    """Make one subclass for each class and no more."""
+    made: dict[type[Any], type[Any]] = {}
+
+    @functools.wraps(make)
+    def get(model_class: type[Any]) -> type[Any]:
+        if model_class not in made:
+            made[model_class] = make(model_class)
+        return made[model_class]
+
+    return get
+
+
 # --- the base model ---------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@_once_for_each
 def remote_base_class(base_class: type[Any]) -> type[Any]:
     """A subclass under the same name whose forward tells its remote blocks what they have to know."""
     original = base_class.forward
@@ -340,7 +353,7 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
         )
 
 
-@functools.cache
+@_once_for_each
 def distributed_class(model_class: type[Any]) -> type[Any]:
     """A subclass under the same name (pipelines look it up) with what ``DistributedModel`` adds."""
     body = {

@@ -118,6 +118,10 @@ class Swarm:
         self._round_trips[peer_id] = connection.rtt_s
         return connection
 
+    def round_trip_s(self, peer_id: PeerId) -> float | None:
+        """What was measured for a server."""
+        return self._round_trips.get(peer_id)
+
     def blame(self, peer_id: PeerId, error: PetalsError) -> None:
         """Note a server's failure, so that the next plan avoids it."""
         self.health.record_failure(peer_id, error, now_s=asyncio.get_running_loop().time())

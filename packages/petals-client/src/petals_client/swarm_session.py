@@ -14,7 +14,7 @@ from petals_client.session import HopSession, States
 from petals_client.swarm import Swarm, explain_failure
 from petals_client.trace import HopTrace, StepTrace
 from petals_core.announcement import SignedAnnouncement
-from petals_core.errors import Disposition, MissingBlocksError, PetalsError
+from petals_core.errors import Disposition, InvalidRequestError, MissingBlocksError, PetalsError
 from petals_core.identity import PeerId
 from petals_core.wire.messages import SESSION_ID_BYTES, OpenSession
 
@@ -31,6 +31,7 @@ class SwarmSession:
         self._num_rows = num_rows
         self._max_length = max_length
         self._hops: list[HopSession] = []
+        self._is_closed = False
         self.traces: deque[StepTrace] = deque(maxlen=_MAX_TRACES)
         """Of the last steps."""
 
@@ -80,6 +81,8 @@ class SwarmSession:
             try:
                 states, trace = await session.step(request, states, timeout_s=self._swarm.options.step_timeout_s)
             except PetalsError as error:
+                if self._is_closed:
+                    raise InvalidRequestError("the session was closed while a step was under way") from None
                 self._swarm.blame(session.hop.peer_id, error)
                 raise explain_failure(session.hop, error) from error
             traces.append(trace)
@@ -87,6 +90,7 @@ class SwarmSession:
 
     def close(self) -> None:
         """Free the caches on all servers; never blocks, idempotent."""
+        self._is_closed = True
         hops, self._hops = self._hops, []
         for session in hops:
             session.close()

@@ -48,8 +48,8 @@ class CountingCache(Cache):
     """What models and ``generate`` see of a session. Holds no keys or values, and no call makes a trip.
 
     ``Cache`` with an empty list of layers is a valid cache: ``is_compileable`` is False and ``is_croppable`` True for
-    it, and ``is_sliding``, ``is_linear`` and ``is_dummy`` are empty, so that ``find_first_full_attention_index`` returns 0.
-    Overridden is everything that asks for a length or changes the content.
+    it, and ``is_sliding``, ``is_linear`` and ``is_dummy`` are empty, so that ``find_first_full_attention_index`` gives
+    0. Overridden is everything that asks for a length or changes the content.
     """
 
     def __init__(self, session: CachedSession) -> None:
