@@ -265,7 +265,8 @@ def fuzz_envelopes(random: Random, case: Input) -> None:
     except ProtocolError as error:
         case.outcome = type(error).__name__
     else:
-        assert decode_body(encode_body(body)) == body, "a body does not survive the wire"
+        encoded = encode_body(body)  # compared encoded, for NaN is not equal to itself
+        assert encode_body(decode_body(encoded)) == encoded, "a body does not survive the wire"
 
 
 def fuzz_announcements(random: Random, case: Input) -> None:
