@@ -124,6 +124,9 @@ class Hub:
         self._asked_revision = revision
         commit = None if self._is_offline else self._ask_hub(revision)
         self.revision: str | None = commit if commit is not None else self._cached_commit(revision)
+        if commit is not None and commit != revision and self.has("config.json"):
+            # By the name that was given, so that huggingface_hub notes which commit it stands for, to be found offline.
+            self._download("config.json", revision)
 
     def __str__(self) -> str:
         return self.name
@@ -201,17 +204,18 @@ class Hub:
         return self.path(file) if self.has(file) else None
 
     def path(self, file: str) -> Path:
+        cached = self._find_cached(file, self.revision)
+        return cached if cached is not None else self._download(file, self.revision)
+
+    def _download(self, file: str, revision: str | None) -> Path:
         from huggingface_hub import errors, hf_hub_download
 
-        cached = self._find_cached(file, self.revision)
-        if cached is not None:
-            return cached
         try:
             return Path(
                 hf_hub_download(
                     self.name,
                     file,
-                    revision=self.revision,
+                    revision=revision,
                     cache_dir=self._cache_dir,
                     token=self._token,
                     local_files_only=self._is_offline,

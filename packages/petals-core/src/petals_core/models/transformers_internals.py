@@ -55,12 +55,12 @@ def check_config(config: PreTrainedConfig, base_class: type[PreTrainedModel]) ->
     ``_is_stateful`` is how Transformers marks models (Mamba and the like) whose cache can't be cropped.
     """
     name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder and can't be split: choose a decoder-only model")
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModelError(
             f"{name} has parts besides one text decoder and can't be split: choose a text model"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder and can't be split: choose a decoder-only model")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             f"this {name} checkpoint is stored quantized and can't be split: use the unquantized one "

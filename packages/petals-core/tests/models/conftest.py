@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from petals_core.testing.factories import make_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for each test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PETALS_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of 6 blocks in several files. Not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("sharded") / "tiny-llama", max_shard_size=100_000)
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of 2 blocks in one file. Not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("single") / "tiny-llama", num_blocks=2)
