@@ -82,8 +82,6 @@ class Chunk:
 
     row_tokens: tuple[int, ...]
     row_starts: tuple[int, ...]
-    first_row: int = 0
-    """Row of the request that the chunk's first row is."""
 
     @property
     def num_columns(self) -> int:
@@ -103,6 +101,8 @@ def split_columns(row_tokens: Sequence[int], max_tokens: int) -> list[Chunk]:
     num_columns = max(row_tokens)
     width = max(1, max_tokens // len(row_tokens))
     offsets = _offsets(row_tokens)
+    if 0 < num_columns <= width:
+        return [Chunk(row_tokens=tuple(row_tokens), row_starts=tuple(offsets))]
     chunks = []
     for left in range(0, num_columns, width):
         right = min(left + width, num_columns)
@@ -135,9 +135,7 @@ def split_rows(row_tokens: Sequence[int], max_tokens: int) -> list[Chunk]:
             if longest * (end + 1 - first) > max_tokens:
                 break
             end += 1
-        chunks.append(
-            Chunk(row_tokens=tuple(row_tokens[first:end]), row_starts=tuple(offsets[first:end]), first_row=first)
-        )
+        chunks.append(Chunk(row_tokens=tuple(row_tokens[first:end]), row_starts=tuple(offsets[first:end])))
         first = end
     return chunks
 

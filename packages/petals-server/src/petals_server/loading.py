@@ -6,6 +6,7 @@ Everything here runs in the device's thread and may take long; importing it impo
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -88,7 +89,18 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         CheckpointError, DeviceError: as ``load_span``.
     """
     memory.check_fits(end - start, opened.block_bytes, memory.free_bytes(opened.device))
+    started_s = time.monotonic()
     span = load_span(opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device)
+    log.info(
+        "loaded blocks %d:%d of %s in %.1f s: %.0f MiB in %s on %s",
+        start,
+        end,
+        opened.checkpoint.name,
+        time.monotonic() - started_s,
+        span.num_bytes / memory.MIB,
+        opened.dtype,
+        opened.device,
+    )
     plan = threads.measure(span, num_threads=config.num_threads)
     cache_tokens = config.cache_tokens or memory.choose_cache_tokens(
         memory.measure_cache_token_bytes(span), memory.free_bytes(opened.device)

@@ -143,7 +143,7 @@ class Server:
         self._resources.push_async_callback(self._engine.close)
         await self._join(host)
         opened, start, end = await self._choose_blocks()
-        log.info("loading blocks %d:%d of %s in %s on %s", start, end, config.model, opened.dtype, opened.device)
+        log.info("loading blocks %d:%d of %d", start, end, opened.num_blocks)
         model = await self._engine.call(lambda: _load_model(opened, start, end, config))
         log.info(
             "computing with %d thread(s) for one token (%.0f tokens/s), %d for many (%.0f tokens/s); "
