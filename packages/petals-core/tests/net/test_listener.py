@@ -209,7 +209,7 @@ def test_slow_handshake_is_dropped(run: Run) -> None:
 def test_client_that_stops_behind_tls_is_dropped(run: Run) -> None:
     async def main() -> None:
         async with serving(echo, limits=WireLimits(handshake_timeout_s=0.5)) as listener:
-            reader, writer, channel = await dial_tls(listener)
+            reader, writer, _ = await dial_tls(listener)
             await read_to_end(reader)
             writer.close()
             assert listener.num_connections == 0

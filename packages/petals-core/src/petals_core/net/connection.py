@@ -26,6 +26,8 @@ from petals_core.wire.connection import (
 from petals_core.wire.frames import Priority
 from petals_core.wire.hello import HelloResult
 
+_BATCH_BYTES = 64 * 1024
+"""What one write takes at least, where there is as much."""
 _BURST_BYTES = 256 * 1024
 """What one turn of the event loop sends at most, so that bulk does not stop everything else."""
 _RTT_WEIGHT = 1 / 8  # of a new measurement, RFC 6298 section 2.3
@@ -125,14 +127,13 @@ class PeerConnection:
     def flush(self) -> None:
         """Give the transport what it takes now; the rest goes when it takes more."""
         link, wire = self._link, self.wire
-        num_bytes = 0
-        while not link.is_paused:
-            buffers = wire.data_to_send()
-            if not buffers:
-                break
-            link.write(buffers)
-            num_bytes += sum(map(len, buffers))
-            if num_bytes >= _BURST_BYTES:
+        burst_bytes = 0
+        while not link.is_paused and (buffers := wire.data_to_send(_BATCH_BYTES)):
+            num_bytes = link.write(buffers)
+            burst_bytes += num_bytes
+            if num_bytes < _BATCH_BYTES:
+                break  # that was all that may go now
+            if burst_bytes >= _BURST_BYTES:
                 if self._continuation is None:
                     self._continuation = self._loop.call_soon(self._continue)
                 break

@@ -15,11 +15,13 @@ from petals_core.wire.messages import Buffer
 
 _HIGH_WATER_BYTES = 128 * 1024
 """What may wait in the transport, where nothing overtakes it any more."""
+_RECEIVE_BYTES = 128 * 1024
+"""What one call of the kernel receives. One buffer for all of them, as a fresh one would cost more than a step."""
 _GRACE_S = 1.0
 _MAX_UNREAD_BYTES = 128 * 1024
 
 
-class Link(asyncio.Protocol):
+class Link(asyncio.BufferedProtocol):
     """Encrypted bytes to and from one other end.
 
     It is in the owner's set ``open_links`` while its socket is open. At first the owner awaits ``secured`` and then
@@ -46,6 +48,7 @@ class Link(asyncio.Protocol):
         self._lost: asyncio.Future[None] = self._loop.create_future()
         self._linger: asyncio.TimerHandle | None = None
         self._error: PetalsError | None = None
+        self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
         self._unread = bytearray()
         self._waiter: asyncio.Future[None] | None = None
         self._on_data: Callable[[bytes], None] | None = None
@@ -69,13 +72,17 @@ class Link(asyncio.Protocol):
         if self._on_made is not None:
             self._on_made(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         tls = self.tls
+        data = self._buffer[:nbytes]
         if self._error is not None:
             return
         if not tls.is_open:
             self._handshake(data)
-            data = b""
+            data = self._buffer[:0]
             if not tls.is_open or self._error is not None:
                 return
         try:
@@ -160,10 +167,12 @@ class Link(asyncio.Protocol):
         elif self._transport is not None:
             self._transport.resume_reading()
 
-    def write(self, buffers: Sequence[Buffer]) -> None:
-        """Send buffers one behind the other, with one call of the kernel where it takes them. Lost links drop them."""
+    def write(self, buffers: Sequence[Buffer]) -> int:
+        """Send buffers in one piece and return their bytes. A lost link drops them."""
+        content = buffers[0] if len(buffers) == 1 else b"".join(buffers)
         if self._error is None:
-            self._send(self.tls.encrypt(buffers[0] if len(buffers) == 1 else b"".join(buffers)))
+            self._send(self.tls.encrypt(content))
+        return len(content)
 
     def finish(self, grace_s: float = _GRACE_S) -> None:
         """Close behind what was written, or with a reset when that takes longer than ``grace_s``. Idempotent."""
@@ -189,7 +198,7 @@ class Link(asyncio.Protocol):
 
     # --- inside
 
-    def _handshake(self, data: bytes) -> None:
+    def _handshake(self, data: Buffer) -> None:
         try:
             is_over = self.tls.handshake(data)
         except PetalsError as error:
