@@ -46,8 +46,8 @@ MAX_LINES = 12
 MAX_EXTRA_BYTES = 256 << 20
 MAX_EXTRA_IMPORT_S = 0.3
 READY_TIMEOUT_S = 120.0
-LOADED = re.compile(r"loaded .* in ([0-9.]+) s")
-SERVER_IMPORTS = "import petals_server.server, transformers.models.llama.modeling_llama"
+LOADING = re.compile(r" loading blocks ")
+LOADED = re.compile(r" computing with ")
 COLD_START = """
 import sys, time
 started_s = time.perf_counter()
@@ -199,7 +199,7 @@ def server_figures(
 ) -> ServerFigures:
     """What a server took to start and takes to run."""
     members = proportional_memory.family(process.pid)
-    loading_s = sum(float(found[1]) for line in process.lines if (found := LOADED.search(line.text)))
+    loading_s = process.wait_for(LOADED, 1)[0].time_s - process.wait_for(LOADING, 1)[0].time_s
     return ServerFigures(
         num_processes=len(members),
         extra_bytes=sum(proportional_memory.pss_bytes(pid) for pid in members) - baseline_bytes - weights,
@@ -214,7 +214,7 @@ def run_servers(
     """Start a chain of servers for one model and measure it."""
     with local_swarm.LocalSwarm() as swarm:
         swarm.start_bootstrap()
-        baseline = swarm.start_baseline(SERVER_IMPORTS)
+        baseline = swarm.start_baseline(proportional_memory.SERVER_IMPORTS)
         edges = local_swarm.spans(local.config.num_hidden_layers, num_servers)
         processes = [swarm.start_server(folder, start, end) for start, end in edges]
         ready = [process.wait_for(local_swarm.READY, READY_TIMEOUT_S)[0] for process in processes]

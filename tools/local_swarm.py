@@ -23,8 +23,10 @@ from types import FrameType, TracebackType
 from typing import Self
 
 HOST = "127.0.0.1"
-READY = re.compile(r"^ready\b", re.IGNORECASE)
+READY = re.compile(r"^serving ")
 """The line by which a server says that clients can use it."""
+_WAITS = re.compile(r"^waiting$")
+_THEN_WAIT = "\nprint('waiting', flush=True)\nimport signal\nsignal.pause()"
 _ADDRESS = re.compile(rf"\b{re.escape(HOST)}:(\d+)\b")
 _STOP_TIMEOUT_S = 10.0
 _TAIL_LINES = 12
@@ -188,8 +190,8 @@ class LocalSwarm:
 
     def start_baseline(self, code: str, timeout_s: float = 60.0) -> Process:
         """Start a Python process that runs ``code`` (imports, say) and then waits, to compare memory with."""
-        process = self._launch("baseline", [sys.executable, "-c", f"{code}\nprint('ready', flush=True)\ninput()"])
-        process.wait_for(READY, timeout_s)
+        process = self._launch("baseline", [sys.executable, "-c", code + _THEN_WAIT])
+        process.wait_for(_WAITS, timeout_s)
         return process
 
     def start(self, name: str, program: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Process:

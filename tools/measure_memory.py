@@ -24,15 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from local_swarm import READY, LocalSwarm, stopping_in_order
 from petals_core.testing import factories
-from proportional_memory import family, pss_bytes
+from proportional_memory import CLIENT_IMPORTS, SERVER_IMPORTS, family, pss_bytes
 
 MIB = 1 << 20
 FACTOR = 1.15
 SERVER_EXTRA_BYTES = 32 * MIB
 CLIENT_EXTRA_BYTES = 48 * MIB
 TIMEOUT_S = 120.0
-SERVER_IMPORTS = "import petals_server.server"
-CLIENT_IMPORTS = "import petals_client"
 CLIENT = """
 import torch
 from petals_client import AutoDistributedModelForCausalLM

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+# What a process that computes ends up with, all of it imported late by the packages themselves.
+MODEL_IMPORTS = "from transformers.models.llama.modeling_llama import LlamaForCausalLM"
+SERVER_IMPORTS = f"import petals_server.cli, petals_server.server, petals_server.handlers\n{MODEL_IMPORTS}"
+CLIENT_IMPORTS = f"import petals_client.auto, petals_client.generation, petals_client.swarm_chain\n{MODEL_IMPORTS}"
 _PSS = re.compile(r"^Pss:\s+(\d+) kB$", re.MULTILINE)
 _PARENT = re.compile(r"^PPid:\s+(\d+)$", re.MULTILINE)
 

@@ -226,7 +226,9 @@ def _compare(console: Console, model: str, generation: Generation) -> bool:
     """Generate the same with the whole model in this process, and say whether it is the same."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     local = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     prompt = torch.tensor([generation.prompt_ids])
     output = local.generate(prompt, attention_mask=torch.ones_like(prompt), **_greedy(len(generation.new_ids)))
