@@ -19,7 +19,7 @@ def nearest_of(contacts: list[Contact], count: int) -> list[Contact]:
     return sorted(contacts, key=lambda contact: distance(contact.id, KEY))[:count]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.sets(st.integers(0, 59)), st.integers(1, 10), st.randoms(use_true_random=False))
 def test_finds_the_nearest_that_live(num_nodes: int, dead: set[int], width: int, order: random.Random) -> None:
     contacts = [make_contact(number) for number in range(num_nodes)]

@@ -7,13 +7,15 @@ import pytest
 
 from petals_core.addresses import Address
 from petals_core.announcement import SignedAnnouncement
-from petals_core.errors import ConfigurationError, InvalidRequestError, NoPeersError
+from petals_core.errors import ConfigurationError, InvalidAnnouncementError, InvalidRequestError, NoPeersError
 from petals_core.identity import Identity
 from petals_core.limits import MAX_DATAGRAM_BYTES
 from petals_core.swarm_key import SwarmKey
 from petals_dht.contacts import MODELS_KEY, model_key
 from petals_dht.directory import Directory
 from petals_dht.node import NodeTiming
+from petals_dht.protocol import NodeLimits
+from petals_dht.rates import Rate
 from petals_dht.storage import Entry
 from petals_dht.testing import FINGERPRINT, make_announcement, start_swarm
 
@@ -239,5 +241,35 @@ def test_many_look_ups_at_once_and_cancelled_ones() -> None:
             assert all(len(servers) == 1 for servers in await asyncio.gather(*found))
             await asyncio.gather(*cancelled, return_exceptions=True)
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
+def test_a_node_that_falls_silent_while_it_is_read_holds_back_nothing() -> None:
+    async def main() -> None:
+        async with start_swarm(3) as swarm:
+            honest = [make_announcement(public_name="x" * 60) for _ in range(9)]
+            for signed in honest:
+                plant(swarm[1], signed)
+            # It answers what is needed to join and to be found, and then nothing more.
+            reluctant = NodeLimits(request_rate=Rate(per_s=0.001, burst=6))
+            silent = await Directory.start(
+                Identity.ephemeral(), "127.0.0.1", initial_peers=[address_of(swarm[0])], limits=reluctant
+            )
+            async with silent, await Directory.connect([address_of(swarm[0])]) as client:
+                for _ in range(9):
+                    plant(silent, make_announcement(public_name="x" * 60))
+                for _ in range(3):
+                    assert set(honest) <= set(await client.find_servers(FINGERPRINT))
+
+    asyncio.run(main())
+
+
+def test_an_expired_announcement_is_refused_here_already() -> None:
+    async def main() -> None:
+        async with start_swarm(1) as swarm:
+            with pytest.raises(InvalidAnnouncementError, match="expired"):
+                await swarm[0].announce(make_announcement(now_s=time.time() - 1000))
+            assert await swarm[0].announce(make_announcement()) == 1, "alone it keeps its own"
 
     asyncio.run(main())

@@ -53,7 +53,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(actions, st.randoms(use_true_random=False))
 def test_all_nodes_agree_whatever_the_order(steps: list[tuple[int, int, str]], random: object) -> None:
     announcements = [
@@ -125,7 +125,7 @@ def test_a_liar_can_not_replace_another_model_in_the_list() -> None:
 
 
 @given(st.integers(1100, 4000), st.integers(0, 100))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_pages_are_everything_once(max_bytes: int, count: int) -> None:
     storage = Storage()
     for signed in MANY[:count]:

@@ -152,23 +152,25 @@ class Directory:
         """The IP address that most peers see our datagrams come from; None if nobody has told."""
         return self.node.observed_host()
 
-    async def announce(self, signed: SignedAnnouncement) -> int:
+    async def announce(self, signed: SignedAnnouncement, *, timeout_s: float = 15.0) -> int:
         """Make an announcement known until it expires, in place of earlier ones; returns how many nodes keep it.
 
-        Servers call this again well before the expiry: nobody else does.
+        Servers call this again well before the expiry: nobody else does. What it could do within ``timeout_s`` counts.
 
         Raises:
-            NoPeersError: no node keeps it.
+            InvalidAnnouncementError: it has expired, say.
+            NoPeersError: no other node keeps it, though there should be some.
         """
         key = model_key(signed.announcement.fingerprint)
         if signed.announcement.state == "offline":
-            return await self.node.store(key, signed.encoded)
+            return await self.node.store(key, signed.encoded, timeout_s=timeout_s)
         num_kept, _ = await asyncio.gather(
-            self.node.store(key, signed.encoded), self.node.store(MODELS_KEY, signed.encoded)
+            self.node.store(key, signed.encoded, timeout_s=timeout_s),
+            self.node.store(MODELS_KEY, signed.encoded, timeout_s=timeout_s),
         )
         return num_kept
 
-    async def withdraw(self, announcement: Announcement | SignedAnnouncement) -> int:
+    async def withdraw(self, announcement: Announcement | SignedAnnouncement, *, timeout_s: float = 5.0) -> int:
         """Tell that this peer's server has left; from now on nobody finds it. Returns how many nodes know.
 
         The note stays as long as any earlier announcement may, so that none of them comes back.
@@ -190,7 +192,7 @@ class Directory:
             expires_at_s=issued_at_s + MAX_ANNOUNCEMENT_LIFETIME_S,
             next_delays=(),
         )
-        return await self.announce(SignedAnnouncement.sign(offline, self.identity))
+        return await self.announce(SignedAnnouncement.sign(offline, self.identity), timeout_s=timeout_s)
 
     async def find_servers(
         self, fingerprint: str, *, now: float | None = None, timeout_s: float = 10.0

@@ -24,13 +24,14 @@ from petals_dht.messages import Find, FindNode, Found, Nodes, Ping, Store, Store
 from petals_dht.protocol import Answer, DirectoryProtocol, NodeLimits, Reach
 from petals_dht.reading import read_pages
 from petals_dht.sockets import bind_udp, families_of, resolve
-from petals_dht.storage import Storage, StorageLimits
+from petals_dht.storage import Storage, StorageLimits, slot_of
 from petals_dht.verification import Verifier
 
 log = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
 _MIN_PATIENCE_S = 0.25
+_MIN_READING_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,6 @@ class Node:
         self._transport = transport
         self._limits = limits
         self._timing = timing
-        self._refreshing = asyncio.Lock()
 
     @classmethod
     async def start(
@@ -301,44 +301,55 @@ class Node:
             key,
             {digest: [(contact, pages[contact]) for contact in contacts] for digest, contacts in holders.items()},
             lambda contact, encoded: self._collect(found, key, encoded, contact.host),
+            patience_s=max(_MIN_READING_PATIENCE_S, 4 * self.protocol.recent_rtt_s),
         )
 
-    def _collect(self, found: Storage, key: bytes, encoded: bytes, host: str) -> None:
-        """Add an entry that somebody gave us, if it is worth anything."""
+    def _collect(self, found: Storage, key: bytes, encoded: bytes, host: str) -> bool:
+        """Add an entry that somebody gave us; True if it is good and new."""
         try:
-            found.store(key, encoded, source_host=host, now_s=self.clock())
+            return found.store(key, encoded, source_host=host, now_s=self.clock())
         except InvalidAnnouncementError:
             self.protocol.dropped["announcement"] += 1
+            return False
 
-    async def store(self, key: bytes, encoded: bytes) -> int:
+    async def store(self, key: bytes, encoded: bytes, *, timeout_s: float = 15.0) -> int:
         """Keep an announcement at the nodes nearest to ``key``; returns how many keep it, this one included.
 
         Raises:
+            InvalidAnnouncementError: it is not valid (any more), or not for this key.
             NoPeersError: no other node keeps it, though there should be some.
         """
-        nearest = await self.nearest_nodes(key)
-        num_kept = 0
-        is_near = len(nearest) < self._limits.bucket_size or (
-            distance(self.protocol.own.id, key) < distance(nearest[-1][0].id, key)
-        )
-        is_kept_here = is_near and not self.protocol.is_client
-        if is_kept_here:
-            self.storage.store(key, encoded, source_host="127.0.0.1", now_s=self.clock())
-            num_kept += 1
+        slot_of(key, self._verifier.decode(encoded, now_s=self.clock()))
+        outcomes: list[str | None] = []
+        """Of each other node why it does not keep it, or None."""
+        is_kept_here = False
 
-        async def store_at(contact: Contact, token: bytes) -> str | None:
+        async def store_at(contact: Contact, token: bytes) -> None:
             answer = await self.protocol.call_contact(contact, Store(key=key, token=token, entry=encoded))
             if answer is None or not isinstance(answer.response, Stored):
-                return "no answer"
-            return None if answer.response.is_kept else answer.response.reason
+                outcomes.append("no answer")
+            else:
+                outcomes.append(None if answer.response.is_kept else answer.response.reason)
 
-        reasons = await asyncio.gather(*(store_at(contact, token) for contact, token in nearest))
-        num_kept += reasons.count(None)
-        if num_kept == 0 or (num_kept == 1 and is_kept_here and self.initial_peers):
-            refusals = Counter(reason for reason in reasons if reason)
-            why = refusals.most_common(1)[0][0] if refusals else "none answers"
-            raise NoPeersError(f"no node of the swarm keeps the announcement: {why}")
-        return num_kept
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                nearest = await self.nearest_nodes(key)
+                if not self.protocol.is_client and self._is_near(key, nearest):
+                    self.storage.store(key, encoded, source_host="127.0.0.1", now_s=self.clock())
+                    is_kept_here = True
+                await asyncio.gather(*(store_at(contact, token) for contact, token in nearest))
+        num_kept = outcomes.count(None)
+        if not num_kept and (self.initial_peers or not is_kept_here):
+            reasons = Counter(reason for reason in outcomes if reason)
+            why = reasons.most_common(1)[0][0] if reasons else "none answers; check the network connection"
+            raise NoPeersError(f"no other node of the swarm keeps the announcement: {why}")
+        return num_kept + is_kept_here
+
+    def _is_near(self, key: bytes, nearest: Sequence[tuple[Contact, bytes]]) -> bool:
+        """Whether this node is among the nearest to ``key`` itself."""
+        if len(nearest) < self._limits.bucket_size:
+            return True
+        return distance(self.protocol.own.id, key) < distance(nearest[-1][0].id, key)
 
     async def _crawl(
         self,

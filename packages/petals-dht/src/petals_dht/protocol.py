@@ -141,7 +141,8 @@ class DirectoryProtocol(KademliaProtocol):
         self._reach = reach
         self._loop = asyncio.get_running_loop()
         self._calls = asyncio.Semaphore(_MAX_CALLS)
-        self._recent_rtt_s = 0.0
+        self.recent_rtt_s = 0.0
+        """The slowest of the recent answers, older ones counting less."""
         self._pending: dict[bytes, _Pending] = {}
         self._request_rates = RateLimiter(limits.request_rate)
         self._store_rates = RateLimiter(limits.store_rate)
@@ -213,11 +214,11 @@ class DirectoryProtocol(KademliaProtocol):
             sent_at_s = self._loop.time()
             for _ in range(num_attempts):
                 self._send(Kind.REQUEST, request_id, destination, body, address)
-                patience_s = min(max(self._attempt_timeout_s, 3 * self._recent_rtt_s), _MAX_ATTEMPT_TIMEOUT_S)
+                patience_s = min(max(self._attempt_timeout_s, 3 * self.recent_rtt_s), _MAX_ATTEMPT_TIMEOUT_S)
                 done, _ = await asyncio.wait((future,), timeout=timeout_s or patience_s)
                 if done:
                     if timeout_s is None:
-                        self._recent_rtt_s = max(self._loop.time() - sent_at_s, 0.9 * self._recent_rtt_s)
+                        self.recent_rtt_s = max(self._loop.time() - sent_at_s, 0.9 * self.recent_rtt_s)
                     return future.result()
             return None
         finally:

@@ -12,7 +12,7 @@ from petals_dht.protocol import DirectoryProtocol
 from petals_dht.storage import LAST_SLOT
 
 _MAX_RANGES = 8
-_MAX_PAGES = 256
+_MAX_PAGES = 64
 """In one range, so that a node that goes on for ever is left at last."""
 
 
@@ -20,24 +20,49 @@ async def read_pages(
     protocol: DirectoryProtocol,
     key: bytes,
     holders: Mapping[bytes, Sequence[tuple[Contact, Found]]],
-    collect: Callable[[Contact, bytes], None],
+    collect: Callable[[Contact, bytes], bool],
+    *,
+    patience_s: float,
 ) -> None:
     """Read the rest of each distinct set of entries from the first of its holders that gives it.
 
-    ``holders`` maps a set's digest to those that have it, with the first page of each; ``collect`` takes an
-    entry as it came.
+    ``holders`` maps a set's digest to those that have it, with the first page of each; ``collect`` takes an entry as it
+    came and tells whether it is good and new. Once one set has been read, the others are given up when nothing new has
+    come for ``patience_s``: so a node that answers slowly, or without end, holds up nobody.
     """
-    async with asyncio.TaskGroup() as group:
-        for members in holders.values():
-            group.create_task(_read_one_of(protocol, key, members, collect))
+    loop = asyncio.get_running_loop()
+    progress_at_s = loop.time()
+
+    def collect_and_note(contact: Contact, encoded: bytes) -> bool:
+        nonlocal progress_at_s
+        is_new = collect(contact, encoded)
+        if is_new:
+            progress_at_s = loop.time()
+        return is_new
+
+    readers = {
+        asyncio.create_task(_read_one_of(protocol, key, members, collect_and_note)) for members in holders.values()
+    }
+    waiting, has_read_one = set(readers), False
+    try:
+        while waiting:
+            timeout_s = max(0.0, progress_at_s + patience_s - loop.time()) if has_read_one else None
+            done, waiting = await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            has_read_one = has_read_one or any(task.result() for task in done)
+            if not done and loop.time() - progress_at_s >= patience_s:
+                return
+    finally:
+        for task in readers:
+            task.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
 
 
 async def _read_one_of(
     protocol: DirectoryProtocol,
     key: bytes,
     members: Sequence[tuple[Contact, Found]],
-    collect: Callable[[Contact, bytes], None],
-) -> None:
+    collect: Callable[[Contact, bytes], bool],
+) -> bool:
     for contact, page in members:
         assert page.next is not None
         ranges = split_range(page.next, min(_MAX_RANGES, max(1, (page.total - len(page.entries)) // 4)))
@@ -45,7 +70,8 @@ async def _read_one_of(
             *(_read_range(protocol, key, contact, after, until, collect) for after, until in ranges)
         )
         if all(outcomes):
-            return
+            return True
+    return False
 
 
 async def _read_range(
@@ -54,7 +80,7 @@ async def _read_range(
     contact: Contact,
     after: bytes,
     until: bytes,
-    collect: Callable[[Contact, bytes], None],
+    collect: Callable[[Contact, bytes], bool],
 ) -> bool:
     """Read the slots behind ``after`` up to ``until``; False if the node does not answer or gives nonsense."""
     for _ in range(_MAX_PAGES):

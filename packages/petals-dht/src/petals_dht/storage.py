@@ -115,8 +115,8 @@ class Storage:
         self.num_entries = 0
         self.total_bytes = 0
 
-    def store(self, key: bytes, encoded: bytes, *, source_host: str, now_s: float) -> None:
-        """Keep an announcement from an untrusted peer, unless a later one of its slot is there.
+    def store(self, key: bytes, encoded: bytes, *, source_host: str, now_s: float) -> bool:
+        """Keep an announcement from an untrusted peer; False if it, or a later one of its slot, was there already.
 
         Where there is no room, an entry gives way that came from the source with the most; if that is this one's own
         source, the newcomer is refused.
@@ -129,13 +129,14 @@ class Storage:
         slot = slot_of(key, signed)
         old = shelf.entries.get(slot) if shelf is not None else None
         if old is not None and not wins(signed, old.signed):
-            return
+            return False
         entry = Entry(signed, source_group(source_host))
         if old is not None:
             self._remove(key, slot)
         else:
             self._make_room(key, entry)
         self._insert(key, slot, entry)
+        return True
 
     def announcements(self, key: bytes, *, now_s: float) -> list[SignedAnnouncement]:
         """All live entries of a key, those of servers that have left too."""
