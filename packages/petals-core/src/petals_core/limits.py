@@ -37,7 +37,7 @@ class ListenerLimits:
     max_connections_per_peer: int = 16
     max_handshakes: int = 64
     """Connections that may be in the handshake at once."""
-    max_handshakes_per_source: int = 16
+    max_handshakes_per_source: int = 32
     """The same, from one IPv4 address or one /64 network of IPv6."""
 
 

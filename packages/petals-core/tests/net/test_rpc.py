@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,13 +15,15 @@ from petals_core.errors import (
     InvalidRequestError,
     OverloadedError,
     PeerConnectionError,
+    PetalsError,
     ProtocolError,
     RemoteFailureError,
 )
-from petals_core.limits import WireLimits
+from petals_core.limits import MIB, WireLimits
 from petals_core.net import rpc
 from petals_core.net.stream import Stream
 from petals_core.testing.network import address_of, dialing, echo, serving
+from petals_core.wire.frames import Priority
 from petals_core.wire.messages import Info, InfoRequest
 
 Run = Callable[[Any], Any]
@@ -180,5 +184,54 @@ def test_call_on_a_closed_connection_fails_at_once(run: Run) -> None:
             await connection.close()
             with pytest.raises(PeerConnectionError):
                 await rpc.call(connection, InfoRequest(), reply=Info, timeout_s=10)
+
+    run(main())
+
+
+def test_connection_survives_calls_that_end_in_every_way(run: Run) -> None:
+    """Cancelled, late, failed and finished calls together, under little credit, leave no stream and all credit."""
+    limits = WireLimits(stream_credit_bytes=64 * 1024, connection_credit_bytes=256 * 1024)
+    random = Random(1)
+
+    async def moody(stream: Stream) -> None:
+        message = await stream.receive(timeout_s=None)
+        mood = random.random()
+        if mood < 0.1:
+            raise OverloadedError("not now")
+        if mood > 0.2:
+            await stream.send(message.body, message.payload)
+
+    async def main() -> None:
+        async with serving(moody, limits=limits) as listener, dialing(limits=limits) as dialer:
+            connection = await dialer.connect([address_of(listener)], peer_id=listener.peer_id)
+
+            async def one() -> None:
+                for _ in range(10):
+                    call = asyncio.create_task(
+                        rpc.call(
+                            connection,
+                            InfoRequest(),
+                            [bytes(random.choice([10, 4096, 200_000]))],
+                            reply=InfoRequest,
+                            priority=random.choice(list(Priority)),
+                            timeout_s=random.choice([0.0, 0.001, 30.0]),
+                        )
+                    )
+                    if random.random() < 0.2:
+                        await asyncio.sleep(0)
+                        call.cancel()
+                    await asyncio.wait([call])
+                    if not call.cancelled():
+                        assert isinstance(call.exception(), PetalsError | None)
+
+            await asyncio.gather(*(one() for _ in range(20)))
+            assert connection.num_streams == 0
+            replies = []
+            while not replies:
+                with contextlib.suppress(OverloadedError, ProtocolError):
+                    replies.append(
+                        await rpc.call(connection, InfoRequest(), [bytes(2 * MIB)], reply=InfoRequest, timeout_s=30)
+                    )
+            assert replies[0].received_payload == bytes(2 * MIB)
 
     run(main())

@@ -108,7 +108,7 @@ class Stream:
     def cancel(self, error: PetalsError | None = None) -> None:
         """Give up both directions, drop what has not been received, and tell the peer, which sees ``error``.
 
-        Idempotent; never blocks. Does nothing to a stream that has ended in both directions.
+        Idempotent; never blocks. A stream that has ended in both directions is not worth a word to the peer.
         """
         self.lose(error or CancelledByPeerError("the stream was given up on this side"))
         self._connection.wire.cancel_stream(self.stream_id, error)
