@@ -13,6 +13,7 @@ from petals_core.limits import MAX_DATAGRAM_BYTES
 from petals_core.swarm_key import SwarmKey
 from petals_dht.contacts import MODELS_KEY, model_key
 from petals_dht.directory import Directory
+from petals_dht.messages import Ping
 from petals_dht.node import NodeTiming
 from petals_dht.protocol import NodeLimits
 from petals_dht.rates import Rate
@@ -166,6 +167,11 @@ def test_clients_are_in_nobodys_table_and_keep_nothing() -> None:
             own_id = client.node.protocol.own.id
             assert all(own_id not in {known.id for known in each.node.protocol.router.contacts()} for each in swarm)
             assert client.node.storage.num_entries == 0
+            assert not client.node.protocol.dropped, "nobody even asks it"
+            ask = swarm[0].node.protocol.call
+            address = ("127.0.0.1", client.port)
+            assert await ask(address, Ping(), destination=None, timeout_s=0.1, num_attempts=1) is None
+            assert client.node.protocol.dropped == {"client": 1}
 
     asyncio.run(main())
 
