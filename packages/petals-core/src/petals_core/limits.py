@@ -20,8 +20,9 @@ class WireLimits:
     max_streams: int = 256
     """Streams that a peer may have open at once on one connection."""
     stream_credit_bytes: int = 4 * MIB
-    """What may be under way on one stream before the receiver has taken it. Messages larger than this flow in parts."""
+    """A message may begin on a stream while less than this waits there for the application (``wire.credit``)."""
     connection_credit_bytes: int = 64 * MIB
+    """The same for all streams together: once for decode steps, and once for everything else."""
     handshake_timeout_s: float = 10.0
     ping_interval_s: float = 10.0
     """Silence after which a ping is sent."""

@@ -250,6 +250,18 @@ def test_a_listener_may_refuse_with_any_error_before_and_after_the_answer() -> N
         assert caught.value.retry_after_s == 3.0
 
 
+def test_a_listener_may_refuse_whom_it_has_just_authenticated() -> None:
+    dialing, listening = dialer(KEY), listener(KEY)
+    dialing.receive_data(listening.data_to_send())
+    listening.receive_data(dialing.data_to_send())
+    assert listening.result is not None
+    listening.refuse(OverloadedError("too many connections of this peer"))
+    assert listening.result is None
+    with pytest.raises(OverloadedError, match="of this peer"):
+        dialing.receive_data(listening.data_to_send())
+    assert dialing.result is None
+
+
 @pytest.mark.parametrize("change", [{"max_frame_bytes": 10}, {"connection_credit_bytes": 0}, {"max_streams": 70000}])
 def test_limits_that_can_not_work_are_refused(change: dict[str, int]) -> None:
     limits = dataclasses.replace(WireLimits(), **change)
