@@ -384,13 +384,10 @@ def crop_cache(cache: Cache, num_tokens: int) -> None:
     """Forget all but the first ``num_tokens`` tokens.
 
     ``crop`` took the length to keep, and takes the negative number of tokens to remove; the latter works everywhere.
+    ``reset`` is no way to keep none: in 5.17 it zeroes what is cached instead of forgetting it.
     """
     num_cached = int(cache.get_seq_length())
     if not 0 <= num_tokens <= num_cached:
         raise InvalidRequestError(f"{num_tokens} tokens can't be kept of a cache that has {num_cached}")
-    if num_tokens == num_cached:
-        return
-    if num_tokens == 0:
-        cache.reset()
-        return
-    cache.crop(num_tokens - num_cached)
+    if num_tokens < num_cached:
+        cache.crop(num_tokens - num_cached)
