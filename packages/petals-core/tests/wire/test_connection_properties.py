@@ -182,7 +182,7 @@ def plain(event: Event) -> Event:
         case MessageReceived(message=message):
             payload = (bytes(message.received_payload),)
             return dataclasses.replace(event, message=Message(message.body, payload))
-        case StreamCancelled(stream_id, error) if type(error) is not str:
+        case StreamCancelled(stream_id, error):
             return StreamCancelled(stream_id, (type(error), error.message))  # type: ignore[arg-type]
         case ConnectionClosed(error) if error is not None:
             return ConnectionClosed((type(error), error.message))  # type: ignore[arg-type]

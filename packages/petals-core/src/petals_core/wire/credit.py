@@ -83,6 +83,7 @@ class ReceiveAccount:
     def taken(self, cost: int) -> None:
         """Note that a message does not take room any longer."""
         self.due_bytes += cost
+        assert self.due_bytes <= self.outstanding_bytes, "a message was consumed twice"
 
     @property
     def is_due(self) -> bool:
