@@ -1,4 +1,4 @@
-"""At which address a server can be reached: its sockets, the host it announces, and connecting to others on request."""
+"""At which address a server can be reached: its sockets, and the host that it announces."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from petals_core.addresses import Address
-from petals_core.errors import ConfigurationError, PetalsError
-from petals_core.identity import PeerId
-from petals_core.net.dialer import Dialer
+from petals_core.errors import ConfigurationError
 from petals_dht.sockets import bind_udp
 from petals_server.config import DEFAULT_PORT
 
@@ -111,13 +109,3 @@ def _bind_tcp(host: str | None, port: int) -> socket.socket:
                 f"port {port} is in use: choose another with --port, or 0 for a free one"
             ) from error
         raise ConfigurationError(f"can't listen on {host} port {port}: {error.strerror or error}") from error
-
-
-async def try_reach(dialer: Dialer, address: Address, peer_id: PeerId) -> str:
-    """Connect to a peer and hang up; returns why that failed, or nothing."""
-    try:
-        connection = await dialer.connect([address], peer_id=peer_id)
-    except PetalsError as error:
-        return error.message
-    await connection.close()
-    return ""

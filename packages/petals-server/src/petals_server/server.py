@@ -15,10 +15,10 @@ from petals_core.announcement import Announcement
 from petals_core.errors import ConfigurationError, NotEnoughMemoryError, OverloadedError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_NAME_CHARS
-from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
 from petals_dht.directory import Directory
+from petals_dht.reachability import dial_back
 from petals_server import reachability
 from petals_server.announcer import Announcer
 from petals_server.config import ServerConfig
@@ -181,12 +181,7 @@ class Server:
         port = tcp.getsockname()[1]
         resources.callback(tcp.close)
         resources.callback(udp.close)
-        dialer = Dialer(identity=self._identity, swarm_key=config.swarm_key)
-        resources.push_async_callback(dialer.close)
-
-        async def reach(host: str, port: int, peer_id: PeerId) -> str:
-            return await reachability.try_reach(dialer, Address(host, port), peer_id)
-
+        reach = dial_back(self._identity, config.swarm_key)
         self._directory = await resources.enter_async_context(
             await Directory.start(
                 self._identity,
@@ -214,7 +209,7 @@ class Server:
             found = await self._directory.check_reachable(port, self.peer_id)
             is_reachable, reason = found.is_reachable, found.reason
         else:
-            reason = await reachability.try_reach(dialer, self.address, self.peer_id)
+            reason = await reach(self.address.host, port, self.peer_id)
             is_reachable = not reason
         if is_reachable:
             log.info("peer %s listens on port %d and can be reached at %s", self.peer_id.short, port, self.address)
