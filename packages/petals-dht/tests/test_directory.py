@@ -15,8 +15,8 @@ from petals_dht.contacts import MODELS_KEY, model_key
 from petals_dht.directory import Directory
 from petals_dht.messages import Ping
 from petals_dht.node import NodeTiming
-from petals_dht.protocol import NodeLimits
 from petals_dht.rates import Rate
+from petals_dht.responder import NodeLimits
 from petals_dht.storage import Entry
 from petals_dht.testing import FINGERPRINT, make_announcement, start_swarm
 

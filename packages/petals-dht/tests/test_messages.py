@@ -10,7 +10,7 @@ from petals_core import schema
 from petals_dht import messages
 from petals_dht.datagrams import MAX_BODY_BYTES
 from petals_dht.messages import CheckReachable, Find, FindNode, Found, Nodes, Ping, Pong, Reached, Store, Stored
-from petals_dht.protocol import FOUND_BYTES
+from petals_dht.responder import FOUND_BYTES
 
 KEY, TOKEN, SLOT = b"k" * 20, b"t" * 8, b"s" * 32
 

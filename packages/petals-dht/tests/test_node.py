@@ -17,8 +17,8 @@ from petals_dht.contacts import Contact, model_key, node_id
 from petals_dht.datagrams import Datagram, DatagramSeal, Kind, ReplayWindow
 from petals_dht.messages import CheckReachable, Find, FindNode, Ping, Pong, Request, Store, Stored
 from petals_dht.node import Node, NodeTiming
-from petals_dht.protocol import NodeLimits
 from petals_dht.rates import Rate
+from petals_dht.responder import NodeLimits
 from petals_dht.sockets import bind_udp
 from petals_dht.testing import FINGERPRINT, make_announcement
 
@@ -152,7 +152,11 @@ def test_stores_need_the_token_of_their_address() -> None:
         node, other = await start_pair()
         contact = Contact(node.protocol.own.id, "127.0.0.1", node.port)
         encoded = make_announcement().encoded
-        for token in (bytes(8), other.protocol._token("127.0.0.1"), node.protocol._token("192.0.2.1")):
+        greeting = await node.protocol.call_ping(Contact(other.protocol.own.id, "127.0.0.1", other.port))
+        assert greeting is not None
+        assert isinstance(greeting.response, Pong)
+        other_token = greeting.response.token  # of another node
+        for token in (bytes(8), other_token, bytes(7) + b"x"):
             answer = await other.protocol.call_contact(contact, Store(key=KEY, token=token, entry=encoded))
             assert answer is not None
             assert isinstance(answer.response, Stored)

@@ -19,7 +19,8 @@ from petals_core.swarm_key import SwarmKey
 from petals_dht.contacts import MODELS_KEY, Contact, model_key, node_id
 from petals_dht.messages import CheckReachable, Reached
 from petals_dht.node import Node, NodeTiming
-from petals_dht.protocol import NodeLimits, Reach
+from petals_dht.protocol import Reach
+from petals_dht.responder import NodeLimits
 
 _MAX_CHECKERS = 3
 _CHECK_TIMEOUT_S = 8.0

@@ -21,8 +21,9 @@ from petals_dht.contacts import Contact, distance, may_be_told, node_id, unpack_
 from petals_dht.crawl import Crawl
 from petals_dht.datagrams import DatagramSeal, ReplayWindow
 from petals_dht.messages import Find, FindNode, Found, Nodes, Ping, Store, Stored
-from petals_dht.protocol import Answer, DirectoryProtocol, NodeLimits, Reach
+from petals_dht.protocol import Answer, DirectoryProtocol, Reach
 from petals_dht.reading import read_pages
+from petals_dht.responder import NodeLimits
 from petals_dht.sockets import bind_udp, families_of, resolve
 from petals_dht.storage import Storage, StorageLimits, slot_of
 from petals_dht.verification import Verifier

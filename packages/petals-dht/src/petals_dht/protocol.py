@@ -1,36 +1,31 @@
 """Datagrams in and out of one node: requests answered, responses matched, the routing table kept.
 
-The ``kademlia`` package (2.2.3) gives the base class, the buckets and the naming of calls (``rpc_...``). What it does
-with bytes is replaced, because its ``datagram_received`` starts a task for every datagram, garbage raises inside those
-tasks, and a late answer to a cancelled call raises too.
+The ``kademlia`` package (2.2.3) gives the base class and the buckets. What it does with bytes is replaced, because its
+``datagram_received`` starts a task for every datagram, garbage raises inside those tasks, and a late answer to a
+cancelled call raises too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any, assert_never
+from dataclasses import dataclass
+from typing import Any
 
 from kademlia.protocol import KademliaProtocol
 
-from petals_core.errors import InvalidAnnouncementError
 from petals_core.identity import PeerId
 from petals_core.schema import SchemaError
 from petals_dht import messages
 from petals_dht.contacts import (
     Contact,
     normalised_host,
-    pack_contacts,
     source_group,
 )
 from petals_dht.datagrams import (
-    MAX_BODY_BYTES,
     NONCE_BYTES,
     REQUEST_ID_BYTES,
     Datagram,
@@ -39,50 +34,25 @@ from petals_dht.datagrams import (
     Kind,
 )
 from petals_dht.messages import (
-    PAGE_BYTES,
-    TOKEN_BYTES,
     CheckReachable,
-    Find,
-    FindNode,
-    Found,
-    Nodes,
     Ping,
     Pong,
     Reached,
     Request,
     Response,
-    Store,
-    Stored,
 )
-from petals_dht.rates import Rate, RateLimiter
+from petals_dht.rates import RateLimiter
+from petals_dht.responder import NodeLimits, Responder, Tokens
 from petals_dht.routing import RoutingTable
-from petals_dht.storage import FIRST_SLOT, LAST_SLOT, Storage
+from petals_dht.storage import Storage
 
 log = logging.getLogger(__name__)
 Reach = Callable[[str, int, PeerId], Awaitable[str]]
 """Connect to (host, port) and check that this peer listens there; returns "" or why not."""
-FOUND_BYTES = 144
-"""A ``Found`` without entries and contacts."""
-_TOKEN_LIFETIME_S = 300.0
 _MAX_CALLS = 64
 """Requests that a node has under way at once."""
 _MAX_ATTEMPT_TIMEOUT_S = 6.0
 _MAX_UNSENT_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeLimits:
-    """Bounds on what a node does for others, per source (an IPv4 address or an IPv6 /64 network) and together."""
-
-    bucket_size: int = 20
-    """Kademlia's k: contacts per bucket, and nodes that keep an announcement."""
-    request_rate: Rate = field(default=Rate(per_s=200, burst=2000))
-    store_rate: Rate = field(default=Rate(per_s=50, burst=500))
-    reach_rate: Rate = field(default=Rate(per_s=0.2, burst=5))
-    max_reaches: int = 8
-    """Connections under way at once to check that others can be reached."""
-    max_verifications: int = 64
-    """Newcomers that are pinged at once before they enter the routing table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +101,6 @@ class DirectoryProtocol(KademliaProtocol):
         self.observed: dict[str, str] = {}
         """By source group of the observer, the host that it says our datagrams come from."""
         self.closed = asyncio.Event()
-        self._storage = storage
         self._seal = seal
         self._is_mapped = is_mapped
         self._limits = limits
@@ -145,9 +114,9 @@ class DirectoryProtocol(KademliaProtocol):
         """The slowest of the recent answers, older ones counting less."""
         self._pending: dict[bytes, _Pending] = {}
         self._request_rates = RateLimiter(limits.request_rate)
-        self._store_rates = RateLimiter(limits.store_rate)
         self._reach_rates = RateLimiter(limits.reach_rate)
-        self._token_secret = os.urandom(32)
+        self._tokens = Tokens(os.urandom(32))
+        self._responder = Responder(storage, self.router, limits, self._tokens)
         self._tasks: set[asyncio.Task[None]] = set()
         self._verifying: set[bytes] = set()
         self._num_reaches = 0
@@ -348,7 +317,8 @@ class DirectoryProtocol(KademliaProtocol):
         if isinstance(request, CheckReachable):
             self._start_reach(datagram, source, request)
         else:
-            self._respond(datagram, source, self._answer(source, request))
+            response = self._responder.answer(source, request, now_s=self._clock(), at_s=self._loop.time())
+            self._respond(datagram, source, response)
         if datagram.destination is not None and not datagram.is_client and not self.router.knows(source):
             self._verify(source)
 
@@ -356,64 +326,8 @@ class DirectoryProtocol(KademliaProtocol):
         body = messages.encode(response)
         self._send(Kind.RESPONSE, datagram.request_id, datagram.sender, body, source.address)
 
-    def _answer(self, source: Contact, request: Ping | FindNode | Find | Store) -> Response:
-        match request:
-            case Ping():
-                return self.rpc_ping(source)
-            case FindNode():
-                return self.rpc_find_node(source, request)
-            case Find():
-                return self.rpc_find_value(source, request)
-            case Store():
-                return self.rpc_store(source, request)
-            case _:
-                assert_never(request)
-
-    def rpc_ping(self, source: Contact) -> Pong:
-        """Say from where the datagram came."""
-        return Pong(host=source.host, port=source.port, token=self._token(source.host))
-
-    def rpc_find_node(self, source: Contact, request: FindNode) -> Nodes:
-        """The contacts that are nearest to the key, without the one who asks."""
-        contacts_4, contacts_6 = self._nearest(source, request.key)
-        return Nodes(token=self._token(source.host), contacts_4=contacts_4, contacts_6=contacts_6)
-
-    def rpc_find_value(self, source: Contact, request: Find) -> Found:
-        """A page of what is kept here; the first page has the nearest contacts too and what room they leave."""
-        contacts_4, contacts_6 = (b"", b"") if request.after is not None else self._nearest(source, request.key)
-        room = MAX_BODY_BYTES - len(contacts_4) - len(contacts_6) - FOUND_BYTES
-        page = self._storage.page(
-            request.key,
-            now_s=self._clock(),
-            max_bytes=min(PAGE_BYTES, room),
-            after=request.after or FIRST_SLOT,
-            until=request.until or LAST_SLOT,
-        )
-        return Found(
-            token=self._token(source.host),
-            entries=page.entries,
-            total=page.total,
-            digest=page.digest,
-            next=page.next,
-            contacts_4=contacts_4,
-            contacts_6=contacts_6,
-        )
-
-    def rpc_store(self, source: Contact, request: Store) -> Stored:
-        """Keep an announcement, if it comes from where it says and is sound."""
-        if not self._is_token(request.token, source.host):
-            return Stored(is_kept=False, reason="the token is not from here, or old")
-        if not self._store_rates.admit(source_group(source.host), now_s=self._loop.time()):
-            return Stored(is_kept=False, reason="too many announcements from this address")
-        try:
-            self._storage.store(request.key, request.entry, source_host=source.host, now_s=self._clock())
-        except InvalidAnnouncementError as error:
-            self.dropped["announcement"] += 1
-            return Stored(is_kept=False, reason=error.message[:200])
-        return Stored(is_kept=True)
-
     def _start_reach(self, datagram: Datagram, source: Contact, request: CheckReachable) -> None:
-        if not self._is_token(request.token, source.host):
+        if not self._tokens.check(request.token, source.host, at_s=self._loop.time()):
             refusal = "the token is not from here, or old"
         elif self._reach is None:
             refusal = "this node makes no connections"
@@ -435,15 +349,3 @@ class DirectoryProtocol(KademliaProtocol):
             self._num_reaches -= 1
         line = "".join(character if character.isprintable() else " " for character in reason)[:200]
         self._respond(datagram, source, Reached(host=source.host, is_reachable=not reason, reason=line))
-
-    def _nearest(self, source: Contact, key: bytes) -> tuple[bytes, bytes]:
-        contacts = self.router.nearest(key, self._limits.bucket_size, without=source.id)
-        return pack_contacts(contacts)
-
-    def _token(self, host: str, periods_ago: int = 0) -> bytes:
-        """What proves that the holder receives datagrams at ``host``: valid for 5 to 10 minutes (compare BEP 5)."""
-        period = int(self._loop.time() / _TOKEN_LIFETIME_S) - periods_ago
-        return hmac.digest(self._token_secret, f"{host} {period}".encode(), hashlib.sha256)[:TOKEN_BYTES]
-
-    def _is_token(self, token: bytes, host: str) -> bool:
-        return any(hmac.compare_digest(token, self._token(host, periods_ago)) for periods_ago in (0, 1))
