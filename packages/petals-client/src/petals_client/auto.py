@@ -79,13 +79,15 @@ class _AutoDistributed:
         options = options or ClientOptions.make(initial_peers=initial_peers, swarm_key_file=swarm_key_file)
         from petals_client.swarm_chain import SwarmChain
 
-        chain = SwarmChain.connect(checkpoint, options)
+        if dtype is None:
+            dtype = "auto" if torch_dtype is None else torch_dtype
+        chain = SwarmChain.connect(checkpoint, options, dtype=dtype)
         try:
             return load_model(
                 checkpoint,
                 mapping=cls._mapping,
                 chain=chain,
-                dtype=dtype if dtype is not None else torch_dtype,
+                dtype=dtype,
                 device=_single_device(device_map),
                 config=config,
             )

@@ -20,7 +20,7 @@ from petals_client.session import States
 from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
-from petals_core.models.checkpoint import Checkpoint
+from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.split import block_count
 from petals_core.tensors.codec import decode, encode
 
@@ -49,10 +49,16 @@ class SwarmChain:
         self._finalizer = weakref.finalize(self, self._thread.close)
 
     @classmethod
-    def connect(cls, checkpoint: Checkpoint, options: ClientOptions) -> SwarmChain:
+    def connect(
+        cls, checkpoint: Checkpoint, options: ClientOptions, *, dtype: torch.dtype | str = "auto"
+    ) -> SwarmChain:
         """Join the swarm and look up the servers of a checkpoint; that there are none yet is no error.
 
+        ``dtype`` is what the client computes in (``auto``: the checkpoint's own); servers that compute in another one
+        are warned of.
+
         Raises:
+            ConfigurationError: ``dtype`` is none that can be computed in.
             NoPeersError: none of the initial peers answers.
         """
         chain = cls(
@@ -60,7 +66,7 @@ class SwarmChain:
             model_name=checkpoint.name,
             fingerprint=checkpoint.fingerprint,
             num_blocks=block_count(checkpoint.config),
-            torch_dtype=str(checkpoint.dtype).removeprefix("torch."),
+            torch_dtype=str(resolve_dtype(dtype, checkpoint)).removeprefix("torch."),
         )
         try:
             chain._thread.run(chain._refresh())
