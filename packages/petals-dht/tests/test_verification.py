@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from petals_core.errors import InvalidAnnouncementError
 from petals_dht.testing import make_announcement
@@ -34,3 +36,22 @@ def test_memory_is_bounded() -> None:
     for signed in [*announcements, *announcements]:
         assert verifier.decode(signed.encoded, now_s=NOW_S) == signed
     assert len(verifier._authentic) == 2
+
+
+SIGNED = make_announcement(now_s=NOW_S, adapters=("adapter",), next_delays=((bytes(32), 0.1),))
+
+
+@given(st.data())
+def test_any_altered_byte_is_found(data: st.DataObject) -> None:
+    encoded = bytearray(SIGNED.encoded)
+    encoded[data.draw(st.integers(0, len(encoded) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(InvalidAnnouncementError):
+        Verifier().decode(bytes(encoded), now_s=NOW_S)
+
+
+@given(st.binary(max_size=1000), st.integers(0, 900))
+def test_garbage_raises_only_the_documented_error(garbage: bytes, length: int) -> None:
+    for encoded in (garbage, SIGNED.encoded[:length], SIGNED.encoded + garbage):
+        if encoded != SIGNED.encoded:
+            with pytest.raises(InvalidAnnouncementError):
+                Verifier().decode(encoded, now_s=NOW_S)
