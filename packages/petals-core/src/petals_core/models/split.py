@@ -270,14 +270,18 @@ def load_span(
     }
     num_bytes = checkpoint.fetch(wanted.values())
 
+    tensors = checkpoint.lazy(wanted, num_bytes=num_bytes)
+
     def cut(model: PreTrainedModel) -> None:
         internals.cut(model, architecture.block_path, start, end)
+        if quantization_config is None:
+            internals.fuse_experts(model, tensors)
 
     model, _ = internals.load(
         internals.make_subclass(architecture.base_class, cut),
         checkpoint,
         checkpoint.config,
-        checkpoint.lazy(wanted, num_bytes=num_bytes),
+        tensors,
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
