@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+
 from petals_core.addresses import Address
 from petals_core.identity import Identity
 from petals_core.net.loop import new_event_loop
@@ -37,6 +39,10 @@ class InProcessSwarm:
         """Run something in the servers' loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
 
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start something in the servers' loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     def add(self, model: Path, start: int, end: int, **settings: Any) -> Server:
         """Start a server of blocks ``start:end`` that computes in float32 with one thread."""
         settings = {"cache_tokens": 16_384, "num_threads": 1, **settings}
@@ -63,6 +69,16 @@ class InProcessSwarm:
     def num_sessions(self) -> int:
         """Sessions that are open on all servers together."""
         return sum(server.num_sessions for server in self.servers)
+
+    def wait_for_sessions(self, count: int) -> None:
+        """Wait until so many sessions are open; closing one is told to the servers without waiting for them."""
+
+        async def wait() -> None:
+            async with asyncio.timeout(10):
+                while self.num_sessions != count:  # noqa: ASYNC110  # servers have no event for it
+                    await asyncio.sleep(0)
+
+        self.run(wait())
 
     def close(self) -> None:
         for server in list(self.servers):

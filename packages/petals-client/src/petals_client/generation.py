@@ -21,6 +21,7 @@ from petals_core.models.transformers_generation import (
     EmptyCache,
     GenerationEntry,
     read_base_call,
+    skip_cached,
     takes_position_ids,
 )
 
@@ -332,13 +333,13 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
         generation.max_length = max_length
         return generation.new_cache()
 
-    def _check_generation_cache(self, cache: CountingCache, max_length: int) -> None:
+    def _check_generation_cache(self, cache: CountingCache, max_length: int, num_drafts: int) -> None:
         assert isinstance(cache.session, InferenceSession)
-        limit = cache.session.max_length + DRAFT_COLUMNS
-        if max_length > limit:
+        limit = cache.session.max_length
+        if max_length > limit or max_length + num_drafts > limit + DRAFT_COLUMNS:
             raise SessionLengthError(
-                f"up to {max_length - DRAFT_COLUMNS} tokens may have to be cached and the session holds "
-                f"{cache.session.max_length}: lower max_new_tokens, or open it with a larger max_length"
+                f"up to {max_length} tokens may have to be cached and the session holds {limit}: "
+                "lower max_new_tokens, or open it with a larger max_length"
             )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -356,12 +357,14 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
 @_once_for_each
 def distributed_class(model_class: type[Any]) -> type[Any]:
     """A subclass under the same name (pipelines look it up) with what ``DistributedModel`` adds."""
-    body = {
+    body: dict[str, Any] = {
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
         "__doc__": model_class.__doc__,
     }
     from transformers import GenerationMixin
 
-    mixin = DistributedGeneration if issubclass(model_class, GenerationMixin) else DistributedModel
-    return type(model_class.__name__, (mixin, model_class), body)
+    if not issubclass(model_class, GenerationMixin):
+        return type(model_class.__name__, (DistributedModel, model_class), body)
+    body["prepare_inputs_for_generation"] = skip_cached(model_class.prepare_inputs_for_generation)
+    return type(model_class.__name__, (DistributedGeneration, model_class), body)

@@ -10,6 +10,7 @@ from typing import Any
 
 from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError
+from petals_core.limits import MIB
 from petals_core.swarm_key import SwarmKey
 
 
@@ -29,6 +30,8 @@ class ClientOptions:
     """Age at which what is known of the servers is looked up again."""
     max_tokens_per_request: int = 2048
     """Longer prompts and larger batches travel in parts."""
+    history_bytes: int = 256 * MIB
+    """Memory per session and server for what another server would need to take its place."""
     max_attempts: int = 4
     """Chains that are tried before a request fails."""
 

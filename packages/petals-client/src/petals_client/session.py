@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from petals_client.history import StepHistory
 from petals_client.routing.graph import Hop
 from petals_client.trace import HopTrace
 from petals_core.errors import DeadlineExceededError, ProtocolError
 from petals_core.net.dialer import PeerConnection
 from petals_core.net.stream import EndOfStreamError, Stream
-from petals_core.tensors.codec import TensorSpec
+from petals_core.tensors.codec import TensorSpec, decode, encode
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import Buffer, Message, OpenSession, SessionOpened, Step, StepResult
 
@@ -53,8 +56,10 @@ def read_states(message: Message, tensors: Sequence[object], expected: TensorSpe
 class HopSession:
     """A session with one server: steps go in, results come out in the same order."""
 
-    def __init__(self, hop: Hop, stream: Stream) -> None:
+    def __init__(self, hop: Hop, stream: Stream, *, history_bytes: int) -> None:
         self.hop = hop
+        self.history: StepHistory[States] = StepHistory(history_bytes)
+        """What has to be sent to another server to bring it where this one is; its user keeps it."""
         self._stream = stream
         self._next_step = 0
         self._sending = asyncio.Lock()
@@ -63,7 +68,9 @@ class HopSession:
         """Steps that were sent and not answered."""
 
     @classmethod
-    async def open(cls, connection: PeerConnection, hop: Hop, request: OpenSession, *, timeout_s: float) -> HopSession:
+    async def open(
+        cls, connection: PeerConnection, hop: Hop, request: OpenSession, *, timeout_s: float, history_bytes: int
+    ) -> HopSession:
         """Open a stream and the session on it; on failure nothing is left.
 
         Raises:
@@ -82,7 +89,7 @@ class HopSession:
         except BaseException:
             stream.cancel()
             raise
-        return cls(hop, stream)
+        return cls(hop, stream, history_bytes=history_bytes)
 
     async def step(self, request: StepRequest, states: States, *, timeout_s: float) -> tuple[States, HopTrace]:
         """Run one step. Several may be under way, each behind the one that was called before.
@@ -134,3 +141,12 @@ class HopSession:
     def close(self) -> None:
         """Tell the server that the session is over; never blocks."""
         self._stream.cancel()
+
+
+def join_states(parts: list[tuple[tuple[int, ...], States]]) -> States:
+    """Make one packed batch of several of the same rows, given as (row_tokens, states): row by row, in order."""
+    tensors = [decode(each.spec, bytes(each.payload[0])) for _, each in parts]
+    pieces = [tensor.split(list(row_tokens)) for (row_tokens, _), tensor in zip(parts, tensors, strict=True)]
+    joined = torch.cat([piece for row in zip(*pieces, strict=True) for piece in row])
+    spec, payload = encode(joined)
+    return States(spec=spec, payload=payload)

@@ -55,6 +55,8 @@ class CountingCache(Cache):
     def __init__(self, session: CachedSession) -> None:
         super().__init__(layers=[])
         self.session = session
+        self.is_to_be_skipped = False
+        """Whether the next inputs begin with what is cached already; see ``skip_cached``."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.session.position
@@ -240,8 +242,8 @@ class GenerationEntry:
         """Return an empty cache for up to ``max_length`` columns."""
         raise NotImplementedError
 
-    def _check_generation_cache(self, cache: CountingCache, max_length: int) -> None:
-        """Raise if a cache that was passed in can't grow to ``max_length`` columns."""
+    def _check_generation_cache(self, cache: CountingCache, max_length: int, num_drafts: int) -> None:
+        """Raise if a cache that was passed in can't grow to ``max_length`` columns, or for a moment to more."""
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
@@ -254,9 +256,30 @@ class GenerationEntry:
     ) -> None:
         cache = model_kwargs.get("past_key_values")
         # Prompt lookup drafts beyond the last token that may be kept; drafts of an assistant are cut before.
-        max_length = max_cache_length + 1 + (generation_config.prompt_lookup_num_tokens or 0)
+        num_drafts = generation_config.prompt_lookup_num_tokens or 0
         if cache is not None:
             assert isinstance(cache, CountingCache)
-            self._check_generation_cache(cache, max_length)
+            cache.is_to_be_skipped = generation_mode == "assisted_generation" and cache.get_seq_length() > 0
+            self._check_generation_cache(cache, max_cache_length, num_drafts)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self._new_generation_cache(max_length)
+            model_kwargs["past_key_values"] = self._new_generation_cache(max_cache_length + 1 + num_drafts)
+
+
+def skip_cached(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Wrap a class's ``prepare_inputs_for_generation`` so that assisted generation may go on from a filled cache.
+
+    Its first step passes the whole sequence whatever is cached, where all other modes slice it in ``_prefill``. (A
+    local model then computes the beginning twice, at wrong positions.) The signature stays: ``generate`` reads it.
+    """
+
+    @functools.wraps(prepare)
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if isinstance(past_key_values, CountingCache) and past_key_values.is_to_be_skipped and not args:
+            past_key_values.is_to_be_skipped = False
+            if kwargs.get("next_sequence_length") is None:
+                kwargs["next_sequence_length"] = input_ids.shape[1] - past_key_values.get_seq_length()
+        return prepare(self, input_ids, *args, past_key_values=past_key_values, **kwargs)
+
+    return prepare_inputs_for_generation
