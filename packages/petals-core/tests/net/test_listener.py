@@ -13,18 +13,20 @@ from petals_core.addresses import Address
 from petals_core.errors import (
     AuthenticationError,
     ConfigurationError,
+    DeadlineExceededError,
     DrainingError,
     OverloadedError,
     PeerConnectionError,
 )
 from petals_core.identity import Identity
-from petals_core.limits import ListenerLimits, WireLimits
+from petals_core.limits import MIB, ListenerLimits, WireLimits
 from petals_core.net import rpc
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
 from petals_core.net.tls import TlsChannel, dialer_context
 from petals_core.swarm_key import SwarmKey
-from petals_core.testing.network import address_of, dialing, echo, serving
+from petals_core.testing.faults import Direction, Fault, FaultKind, FaultProxy
+from petals_core.testing.network import address_of, dialing, echo, run_clean, serving
 from petals_core.wire.messages import InfoRequest
 
 Run = Callable[[Any], Any]
@@ -195,6 +197,21 @@ def test_handshakes_are_limited(run: Run, limits: ListenerLimits) -> None:
     run(main())
 
 
+def test_finished_and_failed_handshakes_make_room(run: Run) -> None:
+    limits = ListenerLimits(max_handshakes=1, max_handshakes_per_source=1)
+
+    async def main() -> None:
+        async with serving(echo, listener_limits=limits) as listener, dialing() as first, dialing() as second:
+            await first.connect([address_of(listener)], peer_id=listener.peer_id)
+            reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            writer.write(b"garbage")
+            await read_to_end(reader)
+            writer.close()
+            await second.connect([address_of(listener)], peer_id=listener.peer_id)
+
+    run(main())
+
+
 def test_slow_handshake_is_dropped(run: Run) -> None:
     async def main() -> None:
         async with serving(echo, limits=WireLimits(handshake_timeout_s=0.05)) as listener:
@@ -270,6 +287,28 @@ def test_close_waits_for_open_streams(run: Run) -> None:
             await closing
 
     run(main())
+
+
+def test_close_does_not_wait_for_a_peer_that_takes_nothing() -> None:
+    async def main() -> None:
+        stuck = asyncio.Event()
+
+        async def talk(stream: Stream) -> None:
+            await stream.receive(timeout_s=None)
+            with pytest.raises(DeadlineExceededError):
+                await stream.send(REQUEST, [bytes(64 * MIB)], timeout_s=0.5)
+            stuck.set()
+
+        async with serving(talk) as listener, FaultProxy(address_of(listener)) as proxy, dialing() as dialer:
+            connection = await dialer.connect([proxy.address], peer_id=listener.peer_id)
+            proxy.add(Fault(kind=FaultKind.HOLD, direction=Direction.TO_DIALER))
+            stream = connection.open_stream()
+            await stream.send(REQUEST)
+            await stuck.wait()
+            await listener.close()
+            stream.cancel()
+
+    run_clean(main())
 
 
 def test_close_cancels_handlers_and_tells_peers(run: Run) -> None:

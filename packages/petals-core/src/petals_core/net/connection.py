@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import assert_never
 
@@ -36,6 +37,9 @@ _RTT_WEIGHT = 1 / 8  # of a new measurement, RFC 6298 section 2.3
 class PeerConnection:
     """An open connection to an authenticated peer. ``Dialer.connect`` and ``Listener`` make them."""
 
+    # Time is ``time.monotonic``: uvloop's own clock stands still within a turn of the loop and counts milliseconds,
+    # which is too coarse for round trips.
+
     def __init__(
         self,
         link: Link,
@@ -56,7 +60,7 @@ class PeerConnection:
         """Smoothed round trip time in seconds, from the hello and the pings."""
         self._loop = asyncio.get_running_loop()
         self.wire = Connection(
-            is_dialer=is_dialer, local_limits=limits, remote_limits=hello.remote_limits, now=self._loop.time()
+            is_dialer=is_dialer, local_limits=limits, remote_limits=hello.remote_limits, now=time.monotonic()
         )
         """The state machine; for streams. Whoever calls it calls ``flush`` afterwards."""
         self._link = link
@@ -103,7 +107,7 @@ class PeerConnection:
 
     def ping(self) -> None:
         """Measure the round trip; ``rtt_s`` changes when the answer comes. Never blocks."""
-        self.wire.ping(self._loop.time())
+        self.wire.ping(time.monotonic())
         self.flush()
 
     def drain(self) -> None:
@@ -168,10 +172,10 @@ class PeerConnection:
     # --- called by the link and the event loop
 
     def _receive(self, data: bytes) -> None:
-        self._handle(self.wire.receive_data(data, self._loop.time()))
+        self._handle(self.wire.receive_data(data, time.monotonic()))
 
     def _lose(self, error: PetalsError) -> None:
-        self.wire.receive_eof(self._loop.time())  # its only event says less than ``error``
+        self.wire.receive_eof(time.monotonic())  # its only event says less than ``error``
         self._shut(error)
 
     def _continue(self) -> None:
@@ -179,13 +183,16 @@ class PeerConnection:
         self.flush()
 
     def _on_timer(self) -> None:
-        self._handle(self.wire.handle_timeout(self._loop.time()))
+        self._handle(self.wire.handle_timeout(time.monotonic()))
         self._set_timer()
 
     def _set_timer(self) -> None:
         """Wake the state machine when it wants. Traffic only ever makes that later, so nothing is set on the way."""
         when = self.wire.next_wakeup()
-        self._timer = None if when is None or self._error is not None else self._loop.call_at(when, self._on_timer)
+        if when is None or self._error is not None:
+            self._timer = None
+        else:
+            self._timer = self._loop.call_later(max(0.0, when - time.monotonic()), self._on_timer)
 
     def _handle(self, events: list[Event]) -> None:
         streams = self._streams
@@ -204,8 +211,7 @@ class PeerConnection:
                     self.forget_if_over(stream)
             elif isinstance(event, StreamCancelled):
                 if (stream := streams.pop(event.stream_id, None)) is not None:
-                    stream.lose_by_peer(event.error)
-                    self._release(stream)
+                    stream.lose_by_peer(event.error)  # ``flush`` wakes its senders, who find nothing queued
             elif isinstance(event, PongReceived):
                 self.rtt_s += (event.rtt_s - self.rtt_s) * _RTT_WEIGHT
             elif isinstance(event, PeerDraining):
@@ -223,12 +229,6 @@ class PeerConnection:
             return
         stream = self._streams[event.stream_id] = Stream(self, event.stream_id, event.priority)
         self._on_stream(stream)
-
-    def _release(self, stream: Stream) -> None:
-        """Let the sender of a lost stream wake up."""
-        for future, waiting in self._senders.items():
-            if waiting is stream and not future.done():
-                future.set_result(None)
 
     def _shut(self, error: PetalsError) -> None:
         """Everything ends: streams and their handlers, timers, the transport."""

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import socket
+import time
 from collections.abc import Sequence
 
 from petals_core.addresses import Address
@@ -169,7 +170,6 @@ class Dialer:
 
     async def _authenticate(self, link: Link, peer_id: PeerId | None) -> tuple[HelloResult, float]:
         """Go through TLS and hello; return the hello's result and the round trip in seconds."""
-        clock = asyncio.get_running_loop().time
         await link.secured()
         listener_id = PeerId.of_public_key(link.tls.peer_public_key())
         if peer_id is not None and listener_id != peer_id:
@@ -181,13 +181,13 @@ class Dialer:
             swarm_key=self._swarm_key,
             limits=self._limits,
         )
-        answered_at_s = clock()
+        answered_at_s = time.monotonic()
         while hello.result is None:
             hello.receive_data(await link.read())
             if answer := hello.data_to_send():
-                answered_at_s = clock()
+                answered_at_s = time.monotonic()
                 link.write([answer])
-        return hello.result, clock() - answered_at_s
+        return hello.result, time.monotonic() - answered_at_s
 
     def _forget(self, connection: PeerConnection) -> None:
         if self._connections.get(connection.peer_id) is connection:

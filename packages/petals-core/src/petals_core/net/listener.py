@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Self
@@ -176,16 +177,14 @@ class Listener:
             link.abort()
             raise
         finally:
-            self._handshakes[source] -= 1
-            if not self._handshakes[source]:
-                del self._handshakes[source]
+            self._handshakes -= Counter((source,))  # which forgets sources that have none left
 
     async def _authenticate(self, link: Link) -> None:
         await link.secured()
         hello = ListenerHello(
             identity=self._identity, nonce=os.urandom(NONCE_BYTES), swarm_key=self._swarm_key, limits=self._limits
         )
-        greeted_at_s = asyncio.get_running_loop().time()
+        greeted_at_s = time.monotonic()
         link.write([hello.data_to_send()])
         while hello.result is None:
             try:
@@ -207,7 +206,7 @@ class Listener:
             is_dialer=False,
             address=Address(*link.remote),
             limits=self._limits,
-            rtt_s=asyncio.get_running_loop().time() - greeted_at_s,
+            rtt_s=time.monotonic() - greeted_at_s,
             on_stream=self._serve,
             on_closed=self._connections.discard,
         )
