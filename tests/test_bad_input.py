@@ -1,7 +1,7 @@
 """What a user can get wrong, through the public commands and functions: one clear line, and never a traceback.
 
 What a peer can get wrong is tested with the packages (``petals-core/tests/wire`` for frames and versions,
-``petals-server/tests/test_serving.py`` for requests).
+``petals-server/tests/test_serving.py`` for requests), missing blocks and silent servers in ``test_sessions.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import petals_dht.cli
 import petals_server.cli
+from petals_client import AutoDistributedModelForCausalLM
 from petals_core.terminal import EXIT_ERROR, run_app
 from petals_core.testing.factories import edit_config, make_checkpoint
 
@@ -145,3 +147,20 @@ def test_swarm_key_that_is_none(directory: Refuse, tmp_path: Path, silent_addres
     (tmp_path / "key").write_text("secret")
     line = directory("show", "--initial-peers", silent_address, "--swarm-key-file", tmp_path / "key")
     assert "is not 64 hexadecimal digits" in line
+
+
+# --- results that are not exact ---------------------------------------------------------------------------------------
+
+
+def test_servers_of_another_dtype_are_told(new_swarm: Any, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    swarm = new_swarm()
+    swarm.add(checkpoint, 0, 2)
+    odd = swarm.add(checkpoint, 2, 3, torch_dtype="bfloat16")
+    model = AutoDistributedModelForCausalLM.from_pretrained(checkpoint, initial_peers=swarm.initial_peers)
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5]]))
+        model(torch.tensor([[3, 4, 5]]))
+    model.close()
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("petals_client")]
+    assert odd.peer_id.short in warning
+    assert "computes with bfloat16 and this model with float32: results differ slightly" in warning
