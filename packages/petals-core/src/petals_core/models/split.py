@@ -53,11 +53,23 @@ def block_count(config: PreTrainedConfig) -> int:
 
 
 def find_architecture(config: PreTrainedConfig) -> Architecture:
-    """Learn from a config how the model is built, without loading anything.
+    """Learn from a config how the model is built, without loading anything. Remembered for each config.
 
     Raises:
         UnsupportedModelError: the model can't be split.
     """
+    key = (type(config), config.to_json_string(use_diff=False))
+    architecture = _known_architectures.get(key)
+    if architecture is None:
+        architecture = _known_architectures[key] = _find_architecture(config)
+    return architecture
+
+
+_known_architectures: Final[dict[tuple[type, str], Architecture]] = {}
+"""Building a model of a hundred blocks takes about half a second even without weights."""
+
+
+def _find_architecture(config: PreTrainedConfig) -> Architecture:
     base_class = internals.base_class_of(config)
     internals.check_config(config, base_class)
     num_blocks = block_count(config)

@@ -321,6 +321,8 @@ def load(
     except torch.OutOfMemoryError:
         raise NotEnoughMemoryError(f"the weights do not fit the memory of {device}: serve fewer blocks") from None
     except (RuntimeError, ValueError, KeyError) as error:
+        if "allocate memory" in str(error):  # what torch says of the CPU's memory, in an error of no class of its own
+            raise NotEnoughMemoryError(f"the weights do not fit the memory of {device}: serve fewer blocks") from None
         if "attention" in str(error) and attn_implementation is not None:
             raise InvalidRequestError(f"{config.model_type} can't use {attn_implementation} attention") from None
         raise CheckpointError(
