@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,11 @@ def test_forward_requests_are_checked(checkpoint: Path) -> None:
                 await client.forward([STATES], fingerprint="0" * 64)
             with pytest.raises(InvalidRequestError, match="hidden states of shape"):
                 await client.forward([STATES], row_tokens=(1, 1))
-            assert (await client.forward([STATES]))[0].shape == STATES.shape
+            client.server._handler.model = replace(client.server.model, max_scores=8)
+            with pytest.raises(InvalidRequestError, match="row of 3 tokens in one go"):
+                await client.forward([STATES])
+            assert (await client.forward([STATES[:2]]))[0].shape == (2, 64)
+            await assert_is_usable(await client.open())
 
     run_clean(run())
 

@@ -177,7 +177,7 @@ class _LoadingDisplay:
     _LINE_INTERVAL_S: Final = 15.0
 
     def __init__(self) -> None:
-        self._last_line_s = time.monotonic()
+        self._last_line_s: float | None = None
         console = stderr_console()
         self._progress = None
         if console.is_terminal:
@@ -200,8 +200,12 @@ class _LoadingDisplay:
         """Called in the device's thread."""
         if self._progress is not None:
             self._progress.update(self._task, description=what.split()[0], completed=num_bytes_done, total=num_bytes)
-        elif num_bytes_done < num_bytes and time.monotonic() - self._last_line_s >= self._LINE_INTERVAL_S:
-            self._last_line_s = time.monotonic()
+            return
+        now_s = time.monotonic()
+        if self._last_line_s is None:
+            self._last_line_s = now_s
+        elif now_s - self._last_line_s >= self._LINE_INTERVAL_S:
+            self._last_line_s = now_s
             log.info("%s: %d of %d MiB", what.split()[0], num_bytes_done >> 20, num_bytes >> 20)
 
 
@@ -257,4 +261,10 @@ def _is_address(text: str) -> bool:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
-    run_app(partial(app, args=normalize_arguments(sys.argv[1:])))
+    try:
+        run_app(partial(app, args=normalize_arguments(sys.argv[1:])))
+    except SystemExit as end:
+        # Everything is closed by now. Leaving Python the usual way would take torch apart first, for seconds.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)

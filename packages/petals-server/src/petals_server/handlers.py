@@ -147,14 +147,16 @@ class RequestHandler:
         step = message.body
         if not isinstance(step, Step):
             raise InvalidRequestError(f"a session takes steps, not {type(step).__name__}")
+        states = check_step(step, message, session)
+        num_columns = step.keep + max(step.row_tokens)
         work = StepWork(
             session,
             self.model.threads,
-            check_step(step, message, session),
+            states,
             keep=step.keep,
             row_order=step.row_order,
             deadline_s=arrived_s + step.deadline_ms / 1000,
-            max_turn_tokens=self._max_turn_tokens,
+            max_turn_tokens=min(self._max_turn_tokens, self.model.max_scores // max(1, num_columns)),
         )
         result = await self._engine.compute(work)
         stream.priority = Priority.DECODE if work.urgency is Urgency.DECODE else Priority.BULK
@@ -178,6 +180,11 @@ class RequestHandler:
             raise InvalidRequestError(
                 f"a request of {num_tokens} tokens is over the {self._limits.max_forward_tokens} that this server "
                 "takes at once: send the rows in several requests"
+            )
+        if max(request.row_tokens) ** 2 > self.model.max_scores:
+            raise InvalidRequestError(
+                f"there is no memory for the attention of a row of {max(request.row_tokens)} tokens in one go: send "
+                "shorter rows, or open a session"
             )
         work: Work[EncodedStates] = ForwardWork(
             span,

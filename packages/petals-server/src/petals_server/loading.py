@@ -54,6 +54,8 @@ class ServedModel:
     threads: threads.ThreadPlan
     max_turn_tokens: int
     """Tokens, pads included, that are computed in one go."""
+    max_scores: int
+    """Pairs of a token and one that it attends to, that are computed in one go: they may all be in memory at once."""
 
 
 def open_model(config: ServerConfig, progress: ProgressCallback | None = None) -> OpenedModel:
@@ -102,9 +104,8 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         opened.device,
     )
     plan = threads.measure(span, num_threads=config.num_threads)
-    cache_tokens = config.cache_tokens or memory.choose_cache_tokens(
-        memory.measure_cache_token_bytes(span), memory.free_bytes(opened.device)
-    )
+    free = memory.free_bytes(opened.device)
+    cache_tokens = config.cache_tokens or memory.choose_cache_tokens(memory.measure_cache_token_bytes(span), free)
     return ServedModel(
         name=opened.checkpoint.name,
         fingerprint=opened.fingerprint,
@@ -113,6 +114,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         torch_dtype=str(opened.dtype).removeprefix("torch."),
         cache_tokens=cache_tokens,
         threads=plan,
+        max_scores=memory.choose_max_scores(span, free),
         max_turn_tokens=_MAX_TURN_TOKENS.get(opened.device.type, _MAX_TURN_TOKENS_ELSEWHERE),
     )
 

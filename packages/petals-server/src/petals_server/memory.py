@@ -74,6 +74,16 @@ def measure_cache_token_bytes(span: Span) -> int:
     return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)  # type: ignore[union-attr,misc]
 
 
+def choose_max_scores(span: Span, free: int) -> int:
+    """Pairs of tokens whose attention scores an eighth of free memory holds.
+
+    Only models without fused attention keep a score per pair and head, with two copies; others keep a mask.
+    """
+    is_fused = getattr(span.config, "_attn_implementation", "eager") != "eager"
+    pair_bytes = 4 if is_fused else 12 * int(span.config.num_attention_heads)
+    return max(1, free // 8 // pair_bytes)
+
+
 def choose_cache_tokens(token_bytes: int, free: int) -> int:
     """Tokens of attention cache that free memory holds, half of it left for computing.
 

@@ -35,7 +35,7 @@ from petals_server.server import Server
 TIMEOUT_S = 30.0
 
 
-def config_for(model: Path, **changes: Any) -> ServerConfig:
+def config_for(model: Path, /, **changes: Any) -> ServerConfig:
     """A server of all blocks on this machine that takes little time to start."""
     config = ServerConfig(model=str(model), identity=Identity.ephemeral(), port=0, num_threads=1, cache_tokens=1000)
     return replace(config, **changes)
@@ -137,7 +137,7 @@ def _rows(message: Message, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @asynccontextmanager
-async def served(model: Path, **changes: Any) -> AsyncIterator[Client]:
+async def served(model: Path, /, **changes: Any) -> AsyncIterator[Client]:
     """A running server and a client connected to it; ``changes`` go into the configuration."""
     async with Server(config_for(model, **changes)) as server, connected(server) as client:
         yield client
