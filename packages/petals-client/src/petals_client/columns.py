@@ -8,7 +8,8 @@ columns of one becomes a number of columns of the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Self
 
 from petals_core.errors import InvalidRequestError
 
@@ -22,11 +23,16 @@ class _Segment:
 
     width: int
     masks: RowMasks | None
-    """None: every row has a token in every column."""
+    """None: every row has a token in every column, here and on the servers."""
+    server_width: int
+    """Columns on the servers: as many as the longest row had tokens. Each row's tokens stand at their right end."""
 
-    @property
-    def server_width(self) -> int:
-        return self.width if self.masks is None else max(mask.bit_count() for mask in self.masks)
+    @classmethod
+    def of(cls, width: int, masks: RowMasks | None, server_width: int) -> Self:
+        """Make a segment whose ``masks`` are None if that says it all."""
+        if masks is not None and server_width == width and _are_full(masks, width):
+            masks = None
+        return cls(width, masks, server_width)
 
     def count(self, row: int) -> int:
         return self.width if self.masks is None else self.masks[row].bit_count()
@@ -49,9 +55,9 @@ class ColumnMap:
         """Append ``width`` columns; ``masks`` says which hold tokens, None that all do."""
         if width == 0:
             return
-        if masks is not None and all(mask == (1 << width) - 1 for mask in masks):
-            masks = None
-        segment = _Segment(width, masks)
+        server_width = width if masks is None else max(mask.bit_count() for mask in masks)
+        segment = _Segment.of(width, masks, server_width)
+        masks = segment.masks
         self.length += width
         self.server_length += segment.server_width
         if masks is None:
@@ -59,7 +65,8 @@ class ColumnMap:
         else:
             self.row_lengths = [length + mask.bit_count() for length, mask in zip(self.row_lengths, masks, strict=True)]
         if masks is None and self._segments and self._segments[-1].masks is None:
-            self._segments[-1] = replace(self._segments[-1], width=self._segments[-1].width + width)
+            width += self._segments[-1].width
+            self._segments[-1] = _Segment(width, None, width)
         else:
             self._segments.append(segment)
 
@@ -86,7 +93,9 @@ class ColumnMap:
         assert len(order) == self.num_rows
         self.row_lengths = [self.row_lengths[row] for row in order]
         self._segments = [
-            segment if segment.masks is None else replace(segment, masks=tuple(segment.masks[row] for row in order))
+            segment
+            if segment.masks is None
+            else _Segment.of(segment.width, tuple(segment.masks[row] for row in order), segment.server_width)
             for segment in self._segments
         ]
 
@@ -101,17 +110,23 @@ class ColumnMap:
             for row in range(self.num_rows):
                 rows[row] |= (full if segment.masks is None else segment.masks[row]) << offset
             offset += segment.width
-        return tuple(rows)
+        masks = tuple(rows)
+        return None if _are_full(masks, self.length) else masks
+
+
+def _are_full(masks: RowMasks, width: int) -> bool:
+    full = (1 << width) - 1
+    return all(mask == full for mask in masks)
 
 
 def _cut(segment: _Segment, excess: int) -> _Segment:
     """Drop the last ``excess`` columns of a segment."""
     width = segment.width - excess
     if segment.masks is None:
-        return _Segment(width, None)
+        return _Segment(width, None, width)
     masks = tuple(mask & ((1 << width) - 1) for mask in segment.masks)
-    # The servers hold a row's tokens at the right end of the segment's columns. Cutting there takes the same number of
-    # columns from all rows, so it keeps what is wanted only if each row loses equally many tokens (or all it has).
+    # Cutting on the servers takes the same number of columns from the right end of all rows, so it keeps what is wanted
+    # only if each row loses equally many tokens, or all it has.
     lost = max(before.bit_count() - after.bit_count() for before, after in zip(segment.masks, masks, strict=True))
     for before, after in zip(segment.masks, masks, strict=True):
         if after.bit_count() != max(0, before.bit_count() - lost):
@@ -119,4 +134,4 @@ def _cut(segment: _Segment, excess: int) -> _Segment:
                 "a session can't be cut in the middle of a step whose rows have pads on the right; "
                 "cut it before or behind that step, or pad on the left"
             )
-    return _Segment(width, masks)
+    return _Segment.of(width, masks, segment.server_width - lost)

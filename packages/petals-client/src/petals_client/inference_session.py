@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from petals_client.chain import Chain, ChainSession, StepRequest
-from petals_client.columns import ColumnMap, RowMasks
+from petals_client.columns import ColumnMap
 from petals_client.packing import pack, read_layout, read_position_runs, unpack
 from petals_client.trace import StepTrace
 from petals_core.errors import InvalidRequestError, PetalsError, SessionLengthError
@@ -51,7 +51,7 @@ class InferenceSession:
         """Reordering that the servers have not been told yet."""
         self._tokens: list[Tensor] | None = []
         """Parts of ``output_ids``, put together when asked for; None: not known."""
-        self._masks: RowMasks | None = None
+        self._lost_mask: Tensor | None = None
         """What ``output_mask`` was when the session was lost."""
         self._lost: PetalsError | None = None
         self._is_closed = False
@@ -90,10 +90,12 @@ class InferenceSession:
         tokens = self.output_ids
         if tokens is None:
             return None
-        masks = self._masks if self._columns is None else self._columns.masks()
+        if self._columns is None:
+            return None if self._lost_mask is None else self._lost_mask[:, : tokens.shape[1]]
+        masks = self._columns.masks()
         if masks is None:
             return None
-        length = self.position if self._columns is not None else tokens.shape[1]
+        length = self.position
         bits = [[bool(mask >> column & 1) for column in range(length)] for mask in masks]
         missing = tokens.shape[1] - length
         return torch.nn.functional.pad(torch.tensor(bits), (0, missing), value=True)
@@ -278,7 +280,7 @@ class InferenceSession:
 
     def _lose(self, error: BaseException) -> None:
         self._lost = error if isinstance(error, PetalsError) else PetalsError("a step was interrupted")
-        self._masks = None if self._columns is None else self._columns.masks()
+        self._lost_mask = self.output_mask
         self._drop_remote()
 
     def _drop_remote(self) -> None:
@@ -309,7 +311,7 @@ class InferenceSession:
 
         Inside, ``DRAFT_COLUMNS`` more than ``max_length`` fit, because drafts may reach beyond what will be kept.
         """
-        before = self.position
+        before, tokens, mask = self.position, self.output_ids, self.output_mask
         self._draft_columns = DRAFT_COLUMNS
         try:
             yield
@@ -317,6 +319,9 @@ class InferenceSession:
             if self._lost is None and self.position > before:
                 assert self._columns is not None
                 self._columns.truncate(before)  # a boundary between steps, so never in the middle of pads
+            self._tokens = None if tokens is None and before else [] if tokens is None else [tokens]
+            if self._lost is not None:
+                self._lost_mask = mask
             raise
         finally:
             self._draft_columns = 0
