@@ -231,7 +231,7 @@ def blocks_return_tuples(model: PreTrainedModel, block_path: str, hidden_size: i
     """Whether the base model takes element 0 of what a block returns, found out by running it without blocks.
 
     ``model`` is neutralized and on the meta device; its blocks are replaced. A block that returns a tensor of
-    [1, 2, H] where a tuple is wanted makes the model end with [2, H].
+    [2, 3, H] where a tuple is wanted makes the model end with the first row alone.
     """
 
     class Probe(nn.Module):
@@ -246,10 +246,10 @@ def blocks_return_tuples(model: PreTrainedModel, block_path: str, hidden_size: i
     num_blocks = config.num_hidden_layers
     slice_config(config, num_blocks, 0, 1)
     model.to_empty(device="cpu")  # what is left are small buffers, whose values do not matter here
-    hidden = torch.zeros(1, 2, hidden_size)
+    hidden = torch.zeros(2, 3, hidden_size)
     with torch.inference_mode():
         output = model(inputs_embeds=hidden, use_cache=False, return_dict=True)
-    return int(output.last_hidden_state.ndim) == 2
+    return bool(output.last_hidden_state.shape != hidden.shape)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

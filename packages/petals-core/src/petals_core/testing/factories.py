@@ -28,6 +28,8 @@ FAMILIES: Final = (
     "gpt_neox",
     "phi3",
     "olmo2",
+    "gptj",
+    "mpt",
 )
 """What :func:`make_config` can make; all of them can be split."""
 
@@ -51,6 +53,10 @@ def make_config(family: str, *, num_blocks: int = 6, hidden_size: int = 64, **ov
         sizes: dict[str, Any] = {"n_layer": num_blocks, "hidden_size": hidden_size, "n_head": num_heads}
     elif family == "gpt2":
         sizes = {"n_layer": num_blocks, "n_embd": hidden_size, "n_head": num_heads, "n_positions": 512}
+    elif family == "gptj":
+        sizes = {"n_layer": num_blocks, "n_embd": hidden_size, "n_head": num_heads, "n_positions": 512, "rotary_dim": 8}
+    elif family == "mpt":
+        sizes = {"n_layers": num_blocks, "d_model": hidden_size, "n_heads": num_heads, "max_seq_len": 512}
     else:
         sizes = {
             "num_hidden_layers": num_blocks,
