@@ -152,7 +152,7 @@ def _read_block_call(
     position_ids = call.position_ids
     if not counts_positions:
         position_ids = None
-    elif position_ids is None and (valid is not None or past):
+    elif position_ids is None and (valid is not None or (session is not None and session.has_pads)):
         # Transformers' own default: columns are counted, pads included.
         position_ids = torch.arange(past, past + call.width)[None]
     return BlockCall(blocks=blocks, session=session, valid=valid, position_ids=position_ids)

@@ -61,7 +61,9 @@ class StepHistory(Generic[S]):
             self.num_bytes = 0
             self.is_complete = False
             return
-        self._steps.append(Sent(replace(request, row_order=order), states, num_bytes))
+        if order is not request.row_order:
+            request = replace(request, row_order=order)
+        self._steps.append(Sent(request, states, num_bytes))
         self.num_bytes += num_bytes
 
 

@@ -100,6 +100,11 @@ class InferenceSession:
         missing = tokens.shape[1] - length
         return torch.nn.functional.pad(torch.tensor(bits), (0, missing), value=True)
 
+    @property
+    def has_pads(self) -> bool:
+        """Whether any of the cached columns is a pad in some row."""
+        return self._columns is not None and self._columns.masks() is not None
+
     def has_mask(self, mask: Tensor) -> bool:
         """Whether a mask [R, ``position``] is what the cached columns were computed with."""
         masks = None if self._columns is None else self._columns.masks()
