@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from demo_model import corpus, evaluation, ngram, training  # noqa: E402
 from demo_model.optimizer import Optimizer, orthogonalised  # noqa: E402
+from demo_model.team import Team  # noqa: E402
 
 Tokens = npt.NDArray[np.int64]
 
@@ -26,7 +28,7 @@ This function opens the named file and returns its contents as a list of strings
 be read, an OSError is raised. The optional argument encoding is the name of the encoding that is used to decode the
 file; it defaults to the encoding of the current locale. The object that is returned can be used as an iterator.
 """
-BITS_PER_BYTE = 2.4
+BITS_PER_BYTE = 1.5
 
 MODULE = '''"""Tools for tea."""
 
@@ -240,3 +242,24 @@ def test_learning_rate_rises_and_falls_to_zero() -> None:
     assert training.learning_scale(0, 0.0) < training.learning_scale(100, 0.1) == 1.0
     assert training.learning_scale(100, 1.0) == 0.0
     assert [training.row_tokens(progress) for progress in (0.0, 0.8, 1.0)] == [256, 512, training.MAX_POSITIONS]
+
+
+def test_team_agrees_and_averages() -> None:
+    gradients, value, barrier = torch.zeros(2, 3), torch.zeros(1, dtype=torch.float64), threading.Barrier(2)
+    teams = [Team(rank=rank, size=2, gradients=gradients, value=value, barrier=barrier) for rank in range(2)]
+    parameters = [[torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))] for _ in teams]
+    agreed = [0.0, 0.0]
+
+    def work(rank: int) -> None:
+        agreed[rank] = teams[rank].agree(0.25 + rank)
+        for parameter in parameters[rank]:
+            parameter.grad = torch.full_like(parameter, 1.0 + 4 * rank)
+        teams[rank].average(parameters[rank])
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert agreed == [0.25, 0.25]
+    assert all((parameter.grad == 3).all() for member in parameters for parameter in member)

@@ -32,12 +32,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 import local_swarm
 import proportional_memory
 from petals_client import AutoDistributedModelForCausalLM
 from petals_core.testing import factories
 
+MODELS = {"thin": factories.thin_model, "bench": factories.bench_model}
 PROMPT_TOKENS = 16
 WARM_UP_STEPS = 20
 MAX_HOP_S = 0.001
@@ -317,7 +319,7 @@ def report(console: Console, hops: Sequence[HopFigures], start: ColdStart) -> bo
         row("lines until ready", *where, str(lines), str(MAX_LINES), lines <= MAX_LINES)
     extra_s = start.import_s - start.reference_import_s
     met = extra_s <= MAX_EXTRA_IMPORT_S
-    row("client's cold start to first token", "thin", "1", f"{start.total_s:.1f} s", "", None)
+    row("client's cold start to first token", hops[-1].model, "1", f"{start.total_s:.1f} s", "", None)
     row("of which imports", "", "", f"{start.import_s:.2f} s", "", None)
     row(
         "imports above Transformers' own",
@@ -338,18 +340,20 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a generate (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="generations and cold starts (default: %(default)s)")
     parser.add_argument("--hops", type=int, nargs="+", default=[1, 3], help="numbers of servers (default: 1 3)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: both")
     options = parser.parse_args()
+    logging.disable_progress_bar()
     console = Console()
     hops: list[HopFigures] = []
     with local_swarm.stopping_in_order(), tempfile.TemporaryDirectory(prefix="petals-bench-") as temporary:
         os.environ["PETALS_CACHE_DIR"] = os.environ["PETALS_DATA_DIR"] = temporary
-        for name, make in (("thin", factories.thin_model), ("bench", factories.bench_model)):
-            folder = make(Path(temporary, name))
+        for name in options.models:
+            folder = MODELS[name](Path(temporary, name))
             local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             console.print(f"{name} model: {sum(weight.nbytes for weight in local.parameters()) / 1e6:.0f} MB")
             hops += [run_servers(console, name, folder, count, local, options) for count in options.hops]
             del local
-        start = cold_start(Path(temporary, "thin"), options.runs)
+        start = cold_start(folder, options.runs)
     console.print(
         f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads here (its default), "
         f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'not set')} here; servers choose their own; "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rich.table import Table
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_model import card, corpus, evaluation, ngram, tokenizer, training
+from demo_model.team import Team, assembled
 
 Tokens = npt.NDArray[np.int64]
 
@@ -49,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="training steps at most (default %(default)s)")
     parser.add_argument("--minutes", type=float, help="minutes of training at most (default: no limit)")
     parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's choice)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train together (default: %(default)s)")
     parser.add_argument("--state", type=Path, help="a safetensors file to resume from and to keep the state in")
     parser.add_argument("--evaluate-only", action="store_true", help="measure the model in the folder, train nothing")
     return parser.parse_args(argv)
@@ -58,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def options(arguments: argparse.Namespace) -> str:
     """Return the options that the result depends on."""
     limits = f"--minutes {arguments.minutes:g} " if arguments.minutes else ""
-    return f"--steps {arguments.steps} {limits}--seed {arguments.seed}"
+    return f"--steps {arguments.steps} {limits}--seed {arguments.seed} --workers {arguments.workers}"
 
 
 def num_bytes(documents: Sequence[corpus.Document]) -> int:
@@ -99,9 +101,17 @@ def train(
     budget = training.Budget(num_steps=arguments.steps, duration_s=arguments.minutes and arguments.minutes * 60)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     started = time.monotonic()
-    with Progress(*columns, console=console) as progress:
+
+    def reports(team: Team) -> Iterator[training.Report]:
+        return training.train(model, data.train, budget, team, seed=arguments.seed, state=arguments.state)
+
+    def work(team: Team) -> None:
+        for _ in reports(team):
+            pass
+
+    with assembled(arguments.workers, model, work) as team, Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=1.0)
-        for report in training.train(model, data.train, budget, seed=arguments.seed, state=arguments.state):
+        for report in reports(team):
             progress.update(task, completed=report.progress, description=f"step {report.step}, loss {report.loss:.3f}")
             if report.step % STEPS_PER_EVALUATION == 0:
                 save(model, words, arguments.output)
@@ -145,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train or load the model, then print its figures; the exit status is 1 where the n-gram model is better."""
     arguments = parse(argv)
     console = Console()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the workers are stopped too
     found = corpus.collect(seed=arguments.seed, heldout_share=HELDOUT_SHARE)
     if not arguments.evaluate_only:
         words = tokenizer.train_tokenizer(document.text for document in found.train)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -35,9 +36,12 @@ def main() -> None:
     pyproject = ROOT / "pyproject.toml"
     text = pyproject.read_text()
     if arguments.upgrade:
+        block = BLOCK.search(text)
+        if block is None:
+            sys.exit(f"error: {pyproject} has no constraint-dependencies")
         kept = [
             line
-            for line in BLOCK.search(text)[0].splitlines()
+            for line in block[0].splitlines()
             if line.strip().startswith(tuple(f'"{name}==' for name in PINNED_BY_HAND))
         ]
         text = BLOCK.sub("constraint-dependencies = [\n" + "\n".join(kept) + "\n]\n", text)

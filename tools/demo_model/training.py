@@ -16,12 +16,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_model.optimizer import Optimizer
+from demo_model.team import Team
 from demo_model.tokenizer import MAX_POSITIONS
 
 Tokens = npt.NDArray[np.int64]
 
-BATCH_TOKENS = 3072
+# What one member of a team computes on in a step.
+BATCH_TOKENS = 2048
 WARMUP_STEPS = 50
+STEPS_PER_STATE = 100
 DECAY_FROM = 0.3
 # The length of a row from each share of the training on.
 ROW_TOKENS = ((0.0, 256), (0.75, 512), (0.92, MAX_POSITIONS))
@@ -45,7 +48,6 @@ class Report:
     """Where the training stands after a step; ``loss`` is in nats per token, averaged over recent steps."""
 
     step: int
-    num_tokens: int
     progress: float
     loss: float
 
@@ -82,10 +84,10 @@ def row_tokens(progress: float) -> int:
 class Rows:
     """An endless stream of documents in random order, cut into batches of rows."""
 
-    def __init__(self, documents: Sequence[Tokens], *, seed: int) -> None:
-        """Shuffle the documents; the same seed gives the same stream."""
+    def __init__(self, documents: Sequence[Tokens], *seeds: int) -> None:
+        """Shuffle the documents; the same seeds give the same stream."""
         self._documents = documents
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(seeds)
         self._rest: Tokens = np.zeros(0, dtype=np.int64)
 
     def batch(self, length: int) -> Tensor:
@@ -105,30 +107,30 @@ def row_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
 
 
 def train(
-    model: LlamaForCausalLM, documents: Sequence[Tokens], budget: Budget, *, seed: int, state: Path | None
+    model: LlamaForCausalLM, documents: Sequence[Tokens], budget: Budget, team: Team, *, seed: int, state: Path | None
 ) -> Iterator[Report]:
     """Train a model in place, yielding a report after every step; stop asking for reports to stop early.
 
     With ``state`` training goes on from what ``save_state`` wrote there, if anything. A resumed run sees the documents
     in a new order.
     """
+    model.train()
     optimizer = Optimizer(dict(model.named_parameters()))
     first_step, earlier_s = load_state(state, model, optimizer) if state and state.exists() else (0, 0.0)
-    rows = Rows(documents, seed=seed + first_step)
+    rows = Rows(documents, seed, first_step, team.rank)
     started, loss_sum, weight = time.monotonic() - earlier_s, 0.0, 0.0
-    torch.manual_seed(seed + first_step)
     for step in range(first_step, budget.num_steps):
-        progress = budget.progress(step, time.monotonic() - started)
+        progress = team.agree(budget.progress(step, time.monotonic() - started))
         if progress >= 1:
             break
-        model.train()
         loss = row_loss(model, rows.batch(row_tokens(progress)))
         loss.backward()
+        team.average(model.parameters())
         optimizer.update(step=step, scale=learning_scale(step, progress))
         loss_sum, weight = 0.98 * loss_sum + loss.item(), 0.98 * weight + 1
-        if state and (step + 1) % 250 == 0:
+        if state and team.rank == 0 and (step + 1) % STEPS_PER_STATE == 0:
             save_state(state, model, optimizer, step=step + 1, elapsed_s=time.monotonic() - started)
-        yield Report(step=step + 1, num_tokens=(step + 1) * BATCH_TOKENS, progress=progress, loss=loss_sum / weight)
+        yield Report(step=step + 1, progress=progress, loss=loss_sum / weight)
 
 
 def save_state(path: Path, model: LlamaForCausalLM, optimizer: Optimizer, *, step: int, elapsed_s: float) -> None:

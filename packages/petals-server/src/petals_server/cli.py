@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
@@ -102,6 +103,8 @@ def serve(
         raise ConfigurationError(
             "give either --new-swarm, to start a swarm, or --initial-peers HOST:PORT of a running one, to join it"
         )
+    if _looks_like_path(model) and not (Path(model) / "config.json").is_file():
+        raise ConfigurationError(f"{model} is not a checkpoint: there is no {Path(model) / 'config.json'}")
     config = ServerConfig(
         model=model,
         initial_peers=peers,
@@ -121,8 +124,6 @@ def serve(
         cache_tokens=attn_cache_tokens,
         num_threads=threads,
     )
-    if _looks_like_path(model) and not (Path(model) / "config.json").is_file():
-        raise ConfigurationError(f"{model} is not a checkpoint: there is no {Path(model) / 'config.json'}")
     _set_up_logging(verbose=verbose)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     from petals_core.net.loop import run
@@ -143,32 +144,42 @@ async def _serve(config: ServerConfig) -> None:
             os._exit(EXIT_INTERRUPTED)
         wants_stop.set()
 
-    _on_signals(on_signal)
     log.info("note: a server can read whatever passes through it, and so can everybody who runs one")
-    with _LoadingDisplay() as display:
-        server = await Server.start(config, display.report)
-    is_ready = True
-    span = server.model.span
-    print(
-        f"serving {server.model.name} blocks {span.start}:{span.end} · join with --initial-peers {server.address}",
-        flush=True,
-    )
-    await wants_stop.wait()
-    log.info(
-        "leaving the swarm; %d open session(s) may end within %.0f s; Ctrl-C again leaves at once",
-        server.num_sessions,
-        DRAIN_TIMEOUT_S,
-    )
-    await server.stop(DRAIN_TIMEOUT_S)
+    with _signals_go_to(on_signal):
+        with _LoadingDisplay() as display:
+            server = await Server.start(config, display.report)
+        is_ready = True
+        span = server.model.span
+        print(
+            f"serving {server.model.name} blocks {span.start}:{span.end} · join with --initial-peers {server.address}",
+            flush=True,
+        )
+        await wants_stop.wait()
+        log.info(
+            "leaving the swarm; %d open session(s) may end within %.0f s; Ctrl-C again leaves at once",
+            server.num_sessions,
+            DRAIN_TIMEOUT_S,
+        )
+        await server.stop(DRAIN_TIMEOUT_S)
 
 
-def _on_signals(handler: object) -> None:
+@contextlib.contextmanager
+def _signals_go_to(handler: Callable[[], None]) -> Iterator[None]:
+    """Call ``handler`` in the event loop on Ctrl-C and SIGTERM; afterwards signals do what they did before."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
         try:
-            loop.add_signal_handler(number, handler)  # type: ignore[arg-type]
+            loop.add_signal_handler(number, handler)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))  # type: ignore[arg-type]
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            with contextlib.suppress(NotImplementedError):
+                loop.remove_signal_handler(number)
+            signal.signal(number, action)
 
 
 class _LoadingDisplay:
