@@ -25,7 +25,7 @@ MEMBERS = sorted(MAY_DEPEND_ON)
 # Distributions that are imported under another name than their own.
 DISTRIBUTION_OF = {"google": "protobuf", "umsgpack": "u-msgpack-python", "yaml": "pyyaml", "PIL": "pillow"}
 # The test kit may import what only tests install: nothing else imports the kit.
-ONLY_IN_TEST_KIT = {"hypothesis", "pytest"}
+ONLY_IN_TEST_KIT = {"hypothesis", "pytest", "tokenizers"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 
 

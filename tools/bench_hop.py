@@ -53,8 +53,9 @@ LOADED = re.compile(r" computing with ")
 COLD_START = """
 import sys, time
 started_s = time.perf_counter()
-import petals_client
 from petals_client import AutoDistributedModelForCausalLM
+import petals_client.generation, petals_client.swarm_chain  # what the class brings in when it is used
+from transformers import LlamaForCausalLM
 import_s = time.perf_counter() - started_s
 import torch
 folder, address = sys.argv[1:]
