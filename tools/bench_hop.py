@@ -49,7 +49,7 @@ MAX_EXTRA_BYTES = 256 << 20
 MAX_EXTRA_IMPORT_S = 0.3
 READY_TIMEOUT_S = 120.0
 LOADING = re.compile(r" loading blocks ")
-LOADED = re.compile(r" computing with ")
+LOADED = re.compile(r" computing with (\d+) thread")
 COLD_START = """
 import sys, time
 started_s = time.perf_counter()
@@ -100,6 +100,8 @@ class ServerFigures:
     start_s: float
     """From the command to the ready line, without the loading of weights."""
     num_lines: int
+    num_threads: int
+    """With which it computes a step of one token; it measured that itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,12 +204,14 @@ def server_figures(
 ) -> ServerFigures:
     """What a server took to start and takes to run."""
     members = proportional_memory.family(process.pid)
-    loading_s = process.wait_for(LOADED, 1)[0].time_s - process.wait_for(LOADING, 1)[0].time_s
+    loaded, threads = process.wait_for(LOADED, 1)
+    loading_s = loaded.time_s - process.wait_for(LOADING, 1)[0].time_s
     return ServerFigures(
         num_processes=len(members),
         extra_bytes=sum(proportional_memory.pss_bytes(pid) for pid in members) - baseline_bytes - weights,
         start_s=ready.time_s - process.started_s - loading_s,
         num_lines=sum(line.time_s <= ready.time_s for line in process.lines),
+        num_threads=int(threads[1]),
     )
 
 
@@ -310,6 +314,9 @@ def report(console: Console, hops: Sequence[HopFigures], start: ColdStart) -> bo
         row("same tokens as local", *where, "yes" if figures.same_tokens else "no", "yes", figures.same_tokens)
     for figures in hops:
         where = (figures.model, str(figures.num_servers))
+        row(
+            "threads of each server", *where, ", ".join(str(server.num_threads) for server in figures.servers), "", None
+        )
         most = max(server.num_processes for server in figures.servers)
         row("processes of a server", *where, str(most), "1", most == 1)
         extra = max(server.extra_bytes for server in figures.servers)

@@ -11,7 +11,6 @@ import sys
 
 import environment
 
-
 # Nothing listens there: a test that asks the hub unawares fails at once, here and where there is a network.
 NO_HUB = "http://127.0.0.1:9"
 
