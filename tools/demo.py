@@ -12,7 +12,7 @@ import sys
 
 import environment
 
-DEFAULT_PROMPT = "User: What is a list?\nAssistant:"
+DEFAULT_PROMPT = "User: What is a class?\nAssistant:"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -191,8 +191,14 @@ def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, prin
 
 
 def _greedy(max_new_tokens: int) -> dict[str, Any]:
-    # Exactly so many tokens: the comparison should not be cut short by an end-of-text token.
-    return {"do_sample": False, "max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
+    # Exactly so many tokens: the comparison should not be cut short by an end-of-text token. A small model repeats
+    # itself; the penalty keeps it from that, and shows that logits processors work as they do locally.
+    return {
+        "do_sample": False,
+        "repetition_penalty": 1.2,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": max_new_tokens,
+    }
 
 
 def _show_time(console: Console, generation: Generation) -> None:
