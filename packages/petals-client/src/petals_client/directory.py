@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from petals_client.options import ClientOptions
-from petals_client.routing.graph import describe_blocks, find_gaps
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import MissingBlocksError, PetalsError
 from petals_core.identity import Identity
+from petals_core.routing.graph import describe_blocks, find_gaps
 from petals_dht.directory import Directory, ModelSummary
 
 _USABLE_STATES = frozenset({"online"})

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from petals_client.history import StepHistory
-from petals_client.routing.graph import Hop
 from petals_client.trace import HopTrace
 from petals_core.errors import DeadlineExceededError, ProtocolError
 from petals_core.net.dialer import PeerConnection
 from petals_core.net.stream import EndOfStreamError, Stream
+from petals_core.routing.graph import Hop
 from petals_core.tensors.codec import TensorSpec, decode, encode
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import Buffer, Message, OpenSession, SessionOpened, Step, StepResult

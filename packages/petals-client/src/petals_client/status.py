@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from petals_client.routing.graph import Chain, describe_blocks, find_gaps
 from petals_core.errors import MissingBlocksError
 from petals_core.identity import PeerId
+from petals_core.routing.graph import Chain, describe_blocks, find_gaps
 
 if TYPE_CHECKING:
     from petals_client.swarm import Swarm

@@ -13,16 +13,16 @@ from collections.abc import Collection, Iterable
 from petals_client.directory import ServerDirectory
 from petals_client.options import ClientOptions
 from petals_client.packing import PositionRuns
-from petals_client.routing.cost import estimate_cost
-from petals_client.routing.graph import Chain, Hop, find_gaps
 from petals_client.routing.health import HealthLedger
-from petals_client.routing.planner import plan_chain
 from petals_client.session import States, read_states
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import Disposition, DrainingError, MissingBlocksError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.net.dialer import Dialer, PeerConnection
 from petals_core.net.rpc import call
+from petals_core.routing.cost import estimate_cost
+from petals_core.routing.graph import Chain, Hop, find_gaps
+from petals_core.routing.planner import plan_chain
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import Forward, ForwardResult
 

@@ -15,13 +15,13 @@ from petals_client.chunks import Part, split_columns, split_rows
 from petals_client.loop_thread import LoopThread, inherit
 from petals_client.options import ClientOptions
 from petals_client.packing import PositionRuns
-from petals_client.routing.graph import Chain
 from petals_client.session import States
 from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.split import block_count
+from petals_core.routing.graph import Chain
 from petals_core.tensors.codec import decode, encode
 
 T = TypeVar("T")

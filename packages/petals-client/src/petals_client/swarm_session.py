@@ -11,7 +11,6 @@ from typing import Any
 
 from petals_client.chain import StepRequest
 from petals_client.history import merge_steps
-from petals_client.routing.graph import Chain, Hop
 from petals_client.session import HopSession, States, join_states
 from petals_client.swarm import Swarm, explain_failure
 from petals_client.trace import HopTrace, StepTrace
@@ -25,6 +24,7 @@ from petals_core.errors import (
     RemoteFailureError,
 )
 from petals_core.identity import PeerId
+from petals_core.routing.graph import Chain, Hop
 from petals_core.wire.messages import SESSION_ID_BYTES, OpenSession
 
 _logger = logging.getLogger(__name__)

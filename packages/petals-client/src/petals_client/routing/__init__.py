@@ -1,1 +1,1 @@
-"""Which servers compute which blocks: values and decisions only, no sockets and no clock."""
+"""How servers behaved, as far as it decides which are used: values only, no sockets and no clock."""

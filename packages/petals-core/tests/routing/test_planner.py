@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petals_client.routing.graph import Hop, Server, describe_blocks, find_gaps
-from petals_client.routing.planner import plan_chain
 from petals_core.errors import MissingBlocksError
 from petals_core.identity import PeerId
+from petals_core.routing.graph import Hop, Server, describe_blocks, find_gaps
+from petals_core.routing.planner import plan_chain
 
 NUM_BLOCKS = 5
 

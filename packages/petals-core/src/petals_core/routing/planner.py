@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from petals_client.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps
 from petals_core.errors import MissingBlocksError
+from petals_core.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps
 
 
 class Shuffler(Protocol):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from petals_client.routing.graph import Server
 from petals_core.announcement import Announcement
 from petals_core.identity import PeerId
+from petals_core.routing.graph import Server
 
 SOFTWARE_S = 0.002
 """Cost of a hop beside the network: framing, wake-ups, a turn of the server's loop."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from petals_client.routing.cost import UNKNOWN_ROUND_TRIP_S, estimate_cost
-from petals_client.routing.graph import Server
 from petals_core.announcement import Announcement
 from petals_core.identity import PeerId
+from petals_core.routing.cost import UNKNOWN_ROUND_TRIP_S, estimate_cost
+from petals_core.routing.graph import Server
 
 
 def estimate(round_trip_s: float | None = 0.01, penalty_s: float = 0.0, tokens: int = 0, **claims: Any) -> Server:
