@@ -150,6 +150,13 @@ class WrongModelError(PetalsError):
     code = "wrong_model"
 
 
+class GraphExpiredError(PetalsError):
+    """The server no longer has what it kept of a forward: the backward must bring the inputs along."""
+
+    code = "graph_expired"
+    disposition = Disposition.RETRY_SAME
+
+
 # --- the directory ----------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,10 @@ from petals_core.announcement import DTYPES, QUANTIZATIONS, STATES, Announcement
 from petals_core.limits import MAX_ANNOUNCEMENT_LIFETIME_S, MAX_BLOCKS, WireLimits
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
+    GRAPH_ID_BYTES,
     SESSION_ID_BYTES,
+    Backward,
+    BackwardResult,
     Body,
     Failure,
     Forward,
@@ -64,6 +67,7 @@ def position_runs() -> st.SearchStrategy[tuple[tuple[tuple[int, int], ...], ...]
     return st.none() | st.lists(row, min_size=1, max_size=_MAX_LISTED).map(tuple)
 
 
+_GRAPH_IDS = st.none() | st.binary(min_size=GRAPH_ID_BYTES, max_size=GRAPH_ID_BYTES)
 _DEADLINES_MS = st.integers(1, 3_600_000)
 _DURATIONS_US = st.integers(0, 1 << 40)
 _BLOCKS = st.integers(0, MAX_BLOCKS)
@@ -125,8 +129,27 @@ def bodies() -> st.SearchStrategy[Body]:
             tensors=tensor_descriptions(),
             deadline_ms=_DEADLINES_MS,
             position_runs=position_runs(),
+            graph_id=_GRAPH_IDS,
         ),
-        st.builds(ForwardResult, tensors=tensor_descriptions(), queue_us=_DURATIONS_US, compute_us=_DURATIONS_US),
+        st.builds(
+            ForwardResult,
+            tensors=tensor_descriptions(),
+            queue_us=_DURATIONS_US,
+            compute_us=_DURATIONS_US,
+            is_kept=st.none() | st.booleans(),
+        ),
+        st.builds(
+            Backward,
+            fingerprint=printable(64),
+            start=_BLOCKS,
+            end=_BLOCKS,
+            row_tokens=row_tokens(),
+            tensors=tensor_descriptions(),
+            deadline_ms=_DEADLINES_MS,
+            position_runs=position_runs(),
+            graph_id=_GRAPH_IDS,
+        ),
+        st.builds(BackwardResult, tensors=tensor_descriptions(), queue_us=_DURATIONS_US, compute_us=_DURATIONS_US),
         st.builds(
             Failure,
             code=st.sampled_from(("overloaded", "remote_failure", "wrong_model", "something new")),

@@ -27,6 +27,7 @@ from petals_core.schema import ruled
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 SESSION_ID_BYTES = 16
+GRAPH_ID_BYTES = 16
 _MAX_TENSORS = 4
 _KIND_KEY = "kind"
 
@@ -37,6 +38,7 @@ _block = schema.integer(0, MAX_BLOCKS)
 _deadline_ms = schema.integer(1, 3_600_000)
 _duration_us = schema.integer(0, 1 << 40)
 _row_tokens = schema.sequence(schema.integer(0, MAX_STEP_TOKENS), MAX_BATCH_ROWS, 1)
+_graph_id = schema.optional(schema.binary(GRAPH_ID_BYTES, GRAPH_ID_BYTES))
 _position_runs = schema.sequence(
     schema.sequence(schema.pair(schema.integer(0, MAX_SESSION_TOKENS), schema.integer(1, MAX_STEP_TOKENS)), 1024),
     MAX_BATCH_ROWS,
@@ -121,7 +123,11 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """Compute blocks ``start:end`` on whole rows without a session. Payload: hidden states [T, H]."""
+    """Compute blocks ``start:end`` on whole rows without a session. Payload: hidden states [T, H].
+
+    A second tensor are deep prompts [blocks, 1 or R, P, H]: those of a block are added to the states of each row's first
+    P tokens before it.
+    """
 
     fingerprint: str = ruled(_fingerprint)
     start: int = ruled(_block)
@@ -130,11 +136,43 @@ class Forward:
     tensors: tuple[Any, ...] = ruled(_tensors)
     deadline_ms: int = ruled(_deadline_ms)
     position_runs: tuple[tuple[tuple[int, int], ...], ...] | None = ruled(schema.optional(_position_runs), default=None)
+    graph_id: bytes | None = ruled(_graph_id, default=None)
+    """A random name for what a ``Backward`` needs of this computation, which the server may keep for a while."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardResult:
     """Outcome of a ``Forward``. Payload: hidden states [T, H]."""
+
+    tensors: tuple[Any, ...] = ruled(_tensors)
+    queue_us: int = ruled(_duration_us)
+    compute_us: int = ruled(_duration_us)
+    is_kept: bool | None = ruled(schema.optional(schema.boolean), default=None)
+    """Whether the server has kept the graph that the request named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backward:
+    """Gradients of blocks ``start:end`` with respect to what a ``Forward`` was given.
+
+    Payload: the gradient of the loss with respect to the hidden states behind the last block [T, H]. With the name of a
+    kept graph nothing else; the graph is used up by it. Without one the hidden states [T, H] that went in follow, and
+    the deep prompts if there were any.
+    """
+
+    fingerprint: str = ruled(_fingerprint)
+    start: int = ruled(_block)
+    end: int = ruled(_block)
+    row_tokens: tuple[int, ...] = ruled(_row_tokens)
+    tensors: tuple[Any, ...] = ruled(_tensors)
+    deadline_ms: int = ruled(_deadline_ms)
+    position_runs: tuple[tuple[tuple[int, int], ...], ...] | None = ruled(schema.optional(_position_runs), default=None)
+    graph_id: bytes | None = ruled(_graph_id, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardResult:
+    """Outcome of a ``Backward``. Payload: gradient of the hidden states [T, H], and of the deep prompts."""
 
     tensors: tuple[Any, ...] = ruled(_tensors)
     queue_us: int = ruled(_duration_us)
@@ -161,7 +199,17 @@ class Failure:
 
 
 Body: TypeAlias = (
-    InfoRequest | Info | OpenSession | SessionOpened | Step | StepResult | Forward | ForwardResult | Failure
+    InfoRequest
+    | Info
+    | OpenSession
+    | SessionOpened
+    | Step
+    | StepResult
+    | Forward
+    | ForwardResult
+    | Backward
+    | BackwardResult
+    | Failure
 )
 _KINDS: dict[str, type[Body]] = {
     "info?": InfoRequest,
@@ -172,6 +220,8 @@ _KINDS: dict[str, type[Body]] = {
     "step": StepResult,
     "forward?": Forward,
     "forward": ForwardResult,
+    "backward?": Backward,
+    "backward": BackwardResult,
     "failure": Failure,
 }
 _NAMES = {body: name for name, body in _KINDS.items()}
