@@ -167,7 +167,7 @@ def test_a_4d_mask_is_refused(model: Any) -> None:
         model(ONE, attention_mask=torch.ones(1, 1, 12, 12))
 
 
-@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("name", ["output_attentions", "output_router_logits"])
 def test_what_stays_with_the_servers(model: Any, name: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"{name} is not available"):
         model(ONE, **{name: True})

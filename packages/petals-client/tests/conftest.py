@@ -113,7 +113,7 @@ class LocalSwarm:
 
         self.folder = folder
         self.checkpoint = Checkpoint.open(folder)
-        self.chain = LocalChain(self.checkpoint, (0, 1, 3))
+        self.chain = LocalChain(self.checkpoint, (0, 1, 2, 3))
         self.model: Any = load_model(self.checkpoint, mapping=mapping, chain=self.chain)
         model_class = getattr(transformers, mapping)[type(self.checkpoint.config)]
         self.local: Any = model_class.from_pretrained(folder).eval()

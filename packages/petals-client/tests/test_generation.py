@@ -10,7 +10,7 @@ import torch
 
 from petals_client.inference_session import DRAFT_COLUMNS
 from petals_core.errors import InvalidRequestError, RemoteFailureError, SessionLengthError
-from petals_core.models.transformers_generation import CountingCache
+from petals_core.models.transformers_forward import CountingCache
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 INPUTS = torch.randint(3, 259, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -158,13 +158,13 @@ def test_blocks_as_modules(model: Any, swarm: Any) -> None:
     assert list(blocks) == [blocks]
     assert blocks[:3] is blocks
     assert not list(blocks.parameters())
-    hidden = torch.randn(2, 5, 64)
+    hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
     whole = blocks(hidden)
     assert torch.equal(blocks[1:](blocks[0](hidden)), whole)
     assert (len(blocks[1:]), len(blocks[-3])) == (2, 1)
     with blocks.inference_session(max_length=5) as session:
         parts = [blocks(hidden[:, :3]), session.step(hidden[:, 3:])]
-    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
     for wrong in (slice(2, 1), slice(None, None, 2), 3, -4):
         with pytest.raises(IndexError):
             blocks[wrong]
@@ -185,3 +185,50 @@ def test_a_row_without_tokens_makes_no_trip(model: Any, swarm: Any) -> None:
         before = swarm.chain.num_forwards
         model(INPUTS, attention_mask=torch.zeros_like(INPUTS))
         assert swarm.chain.num_forwards == before
+
+
+# --- hidden states between blocks -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "opt"])
+def test_hidden_states(make_swarm: Any, family: str) -> None:
+    swarm = make_swarm(family)
+    for return_dict in (True, False):
+        options = {"attention_mask": MASK, "output_hidden_states": True, "return_dict": return_dict}
+        actual, expected = (each(INPUTS, **options) for each in (swarm.model, swarm.local))
+        states = [(each.hidden_states if return_dict else each[-1]) for each in (actual, expected)]
+        assert [len(each) for each in states] == [4, 4]
+        for one, other in zip(*states, strict=True):
+            torch.testing.assert_close(one[MASK.bool()], other[MASK.bool()], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_some_hidden_states(model: Any, swarm: Any) -> None:
+    everything = model(INPUTS, output_hidden_states=True).hidden_states
+    before = swarm.chain.num_forwards
+    some = model(INPUTS, output_hidden_states=[0, -2, 9]).hidden_states
+    assert swarm.chain.num_forwards - before == 2, "a trip for each part of the blocks, and no more"
+    assert [state is None for state in some] == [False, True, False, True]
+    torch.testing.assert_close(some[2], everything[2])
+    last = model(INPUTS, output_hidden_states=3)
+    assert last.hidden_states[3].shape == (2, 7, 64)
+
+
+@torch.no_grad()
+def test_hidden_states_in_a_session(model: Any, local: Any, swarm: Any) -> None:
+    expected = local(INPUTS, output_hidden_states=True).hidden_states
+    with model.inference_session(max_length=9) as session:
+        parts = [model(INPUTS[:, columns], output_hidden_states=True).hidden_states for columns in ([0, 1, 2, 3], [4])]
+        parts.append(model(INPUTS[:, 5:], output_hidden_states=[1]).hidden_states)
+        assert session.position == 7
+    torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), expected[1], rtol=1e-4, atol=1e-4)
+    assert parts[2][2] is None
+    with model.inference_session(max_length=9):
+        model(INPUTS[:, :4])
+        with pytest.raises(InvalidRequestError, match="opened without the hidden states between blocks"):
+            model(INPUTS[:, 4:], output_hidden_states=True)
+    swarm.chain.fail_next_step = True
+    with pytest.raises(RemoteFailureError):
+        model.generate(INPUTS, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True, **GREEDY)
+    assert not swarm.chain.open_sessions

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from petals_client.drafting import decode_with_drafts
+from petals_client.hidden_states import StateCollector
 from petals_client.inference_session import DRAFT_COLUMNS, InferenceSession
 from petals_client.remote_sequential import BlockCall, RemoteSequential, entered
 from petals_core.errors import InvalidRequestError, SessionLengthError
-from petals_core.models.transformers_generation import (
+from petals_core.models.transformers_forward import (
     BaseCall,
     CountingCache,
     EmptyCache,
-    GenerationEntry,
+    fill_hidden_states,
     read_base_call,
-    skip_cached,
+    select_states,
     takes_position_ids,
 )
+from petals_core.models.transformers_generation import AssistedCall, GenerationEntry, skip_cached
 
 if TYPE_CHECKING:
     pass
@@ -90,7 +93,12 @@ def remote_base_class(base_class: type[Any]) -> type[Any]:
             output = original(self, **call.arguments)
         if session is not None:
             session.note_tokens(call.arguments.get("input_ids"), past)
-        return output
+        collector = block_call.collector
+        if collector is None:
+            return output
+        return fill_hidden_states(
+            output, collector.states, collector.wanted, len(blocks), as_tuple=call.is_tuple_wanted
+        )
 
     body = {"forward": forward, "__module__": base_class.__module__, "__qualname__": base_class.__qualname__}
     return type(base_class.__name__, (base_class,), body)
@@ -155,7 +163,10 @@ def _read_block_call(
     elif position_ids is None and (valid is not None or (session is not None and session.has_pads)):
         # Transformers' own default: columns are counted, pads included.
         position_ids = torch.arange(past, past + call.width)[None]
-    return BlockCall(blocks=blocks, session=session, valid=valid, position_ids=position_ids)
+    collector = None
+    if call.output_hidden_states is not False:
+        collector = StateCollector(wanted=select_states(call.output_hidden_states, len(blocks)))
+    return BlockCall(blocks=blocks, session=session, valid=valid, position_ids=position_ids, collector=collector)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -341,6 +352,9 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
                 f"up to {max_length} tokens may have to be cached and the session holds {limit}: "
                 "lower max_new_tokens, or open it with a larger max_length"
             )
+
+    def _decode_rows_with_drafts(self, call: AssistedCall) -> Any:
+        return decode_with_drafts(call)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: Transformers' own continuous batching manages pages of a local cache.

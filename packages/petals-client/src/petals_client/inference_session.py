@@ -15,10 +15,11 @@ from torch import Tensor
 
 from petals_client.chain import Chain, ChainSession, StepRequest
 from petals_client.columns import ColumnMap
+from petals_client.hidden_states import SplitSession, StateCollector
 from petals_client.packing import pack, read_layout, read_position_runs, unpack
 from petals_client.trace import StepTrace
 from petals_core.errors import InvalidRequestError, PetalsError, SessionLengthError
-from petals_core.models.transformers_generation import CountingCache
+from petals_core.models.transformers_forward import CountingCache
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -150,6 +151,9 @@ class InferenceSession:
         before = range(len(order)) if self._row_order is None else self._row_order
         composed = tuple(before[row] for row in order)
         self._row_order = None if composed == tuple(range(len(order))) else composed
+        tokens = self.output_ids
+        if tokens is not None:
+            self._tokens = [tokens[list(order)]]
 
     def step(
         self,
@@ -157,6 +161,7 @@ class InferenceSession:
         *,
         valid: Tensor | None = None,
         position_ids: Tensor | None = None,
+        collector: StateCollector | None = None,
     ) -> Tensor:
         """Append T columns and return their hidden states behind the last block, on the same device in the same dtype.
 
@@ -164,6 +169,7 @@ class InferenceSession:
             hidden: hidden states before the first block.
             valid: nonzero where there is a token; None: everywhere. What comes back at pads is zero.
             position_ids: [R, T] or [1, T]; None: each row goes on from the number of its tokens.
+            collector: is given the states between blocks that it wants.
 
         Raises:
             SessionLengthError: the columns do not fit ``max_length``.
@@ -173,11 +179,17 @@ class InferenceSession:
         if not self._in_use.acquire(blocking=False):
             raise InvalidRequestError("another thread uses this session: open one for each thread")
         try:
-            return self._step(hidden, valid, position_ids)
+            return self._step(hidden, valid, position_ids, collector)
         finally:
             self._in_use.release()
 
-    def _step(self, hidden: Tensor, valid: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    def _step(
+        self,
+        hidden: Tensor,
+        valid: Tensor | None,
+        position_ids: Tensor | None,
+        collector: StateCollector | None,
+    ) -> Tensor:
         if self._is_closed:
             raise InvalidRequestError("this session is closed: open another one with model.inference_session()")
         if self._lost is not None:
@@ -191,13 +203,20 @@ class InferenceSession:
         columns = self._columns
         if columns is None or self._remote is None:
             columns = ColumnMap(num_rows)
-            self._remote = self._chain.open_session(
-                start=self.start, end=self.end, num_rows=num_rows, max_length=self.max_length + DRAFT_COLUMNS
-            )
+            self._remote = self._open(num_rows, collector)
             self._columns = columns
+        remote = self._remote
+        between = collector.bounds(self.start, self.end)[1:-1] if collector is not None else ()
+        if between and not (isinstance(remote, SplitSession) and set(between) <= set(remote.bounds)):
+            raise InvalidRequestError(
+                "this session was opened without the hidden states between blocks: "
+                "ask for the same output_hidden_states from its first step on, or outside of a session"
+            )
         runs = None if position_ids is None else read_position_runs(position_ids, layout, columns.row_lengths)
         if layout.num_tokens == 0:
             columns.append(width, layout.masks)
+            if collector is not None:
+                collector.states.update(dict.fromkeys(between, torch.zeros_like(hidden)))
             return torch.zeros_like(hidden)
         request = StepRequest(
             keep=columns.server_length,
@@ -208,14 +227,24 @@ class InferenceSession:
         packed = pack(hidden.detach(), layout).cpu()
         assert packed.shape == (layout.num_tokens, size)
         try:
-            packed = self._remote.step(packed, request)
+            packed = remote.step(packed, request)
         except BaseException as error:
             # Nobody knows what the servers have done of it, an interrupt included.
             self._lose(error)
             raise
         self._row_order = None
         columns.append(width, layout.masks)
+        if collector is not None and isinstance(remote, SplitSession):
+            for block in between:
+                collector.states[block] = unpack(remote.states[block].to(hidden.device), layout)
         return unpack(packed.to(hidden.device), layout)
+
+    def _open(self, num_rows: int, collector: StateCollector | None) -> ChainSession:
+        max_length = self.max_length + DRAFT_COLUMNS
+        bounds = collector.bounds(self.start, self.end) if collector is not None else ()
+        if len(bounds) > 2:
+            return SplitSession(self._chain, bounds, num_rows=num_rows, max_length=max_length)
+        return self._chain.open_session(start=self.start, end=self.end, num_rows=num_rows, max_length=max_length)
 
     def _check_fit(self, num_rows: int, width: int) -> None:
         if self._columns is not None and num_rows != self._columns.num_rows:

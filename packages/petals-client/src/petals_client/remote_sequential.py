@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from petals_client.chain import Chain
+from petals_client.hidden_states import StateCollector
 from petals_client.inference_session import InferenceSession
 from petals_client.packing import pack, read_layout, read_position_runs, unpack
 from petals_core.errors import InvalidRequestError
@@ -26,6 +28,8 @@ class BlockCall:
     valid: Tensor | None
     """Of the new columns only."""
     position_ids: Tensor | None
+    collector: StateCollector | None = None
+    """Gathers hidden states between blocks; None: nobody asks for them."""
 
 
 _call: ContextVar[BlockCall | None] = ContextVar("petals block call", default=None)
@@ -40,7 +44,7 @@ class RemoteSequential(nn.Module):
     [R, T, H]. It has no parameters and no buffers.
     """
 
-    attention_type = "full_attention"
+    attention_type = block_type = "full_attention"
     """Some families choose a mask by this; none of their masks is used here."""
 
     def __init__(self, chain: Chain, *, returns_tuple: bool, start: int = 0, end: int | None = None) -> None:
@@ -87,7 +91,7 @@ class RemoteSequential(nn.Module):
 
     # --- as a block ---------------------------------------------------------------------------------------------------
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """Run hidden states through the blocks.
 
         Called by its base model it takes mask, positions and session from there; what the model passes for its own
@@ -104,27 +108,30 @@ class RemoteSequential(nn.Module):
             if kwargs.get("attention_mask") is not None:
                 raise InvalidRequestError("remote blocks take no mask when called directly: pass rows without pads")
             call = BlockCall(blocks=self, session=self.open_session, valid=None, position_ids=None)
+        if call.collector is not None:
+            call.collector.states[0] = hidden
         if hidden.requires_grad and torch.is_grad_enabled():
             output: Tensor = _NoGradient.apply(hidden, lambda hidden: self._run(hidden, call))
         else:
             output = self._run(hidden.detach(), call)
-        return (output,) if self._returns_tuple else output
+        # Two elements, because some families unpack them (bamba) where others take the first (bloom, falcon).
+        return (output, None) if self._returns_tuple else output
 
     def _run(self, hidden: Tensor, call: BlockCall) -> Tensor:
         if call.session is not None:
-            return call.session.step(hidden, valid=call.valid, position_ids=call.position_ids)
+            return call.session.step(hidden, valid=call.valid, position_ids=call.position_ids, collector=call.collector)
         num_rows, width, _ = hidden.shape
         layout = read_layout(num_rows, width, call.valid)
-        if layout.num_tokens == 0:
-            return torch.zeros_like(hidden)
         runs = None if call.position_ids is None else read_position_runs(call.position_ids, layout, [0] * num_rows)
-        packed = self.chain.forward(
-            pack(hidden, layout).cpu(),
-            start=self.start,
-            end=self.end,
-            row_tokens=layout.row_tokens,
-            position_runs=runs,
-        )
+        packed = pack(hidden, layout).cpu()
+        bounds = (self.start, self.end) if call.collector is None else call.collector.bounds(self.start, self.end)
+        for start, end in pairwise(bounds):
+            if layout.num_tokens:
+                packed = self.chain.forward(
+                    packed, start=start, end=end, row_tokens=layout.row_tokens, position_runs=runs
+                )
+            if call.collector is not None:
+                call.collector.states[end] = unpack(packed.to(hidden.device), layout)
         return unpack(packed.to(hidden.device), layout)
 
     # --- sessions -----------------------------------------------------------------------------------------------------

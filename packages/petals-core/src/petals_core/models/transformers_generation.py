@@ -1,234 +1,27 @@
-"""How ``generate`` and the forward of a base model are entered: the other half of ``transformers_internals``.
+"""How ``generate`` is entered when a model's blocks are elsewhere: its cache, and drafts for several rows.
 
-What a client needs of Transformers' internals to run ``generate`` on blocks that are elsewhere. Read against 5.23
-(``generation/utils.py``, ``cache_utils.py``, ``masking_utils.py``).
+Read against 5.17 and 5.23 (``generation/utils.py``, ``generation/candidate_generator.py``).
 
-Letters: R rows of a batch, T new columns, P columns in the cache before them.
+Letters: R rows of a batch, L columns so far, P of them prompts, W drafted columns, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from petals_core.errors import InvalidRequestError
+from petals_core.models.transformers_forward import CountingCache
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
-
-
-# --- a cache that only counts -----------------------------------------------------------------------------------------
-
-
-class CachedSession(Protocol):
-    """What a cache stands for: columns that are kept elsewhere."""
-
-    @property
-    def position(self) -> int:
-        """Columns that are cached."""
-
-    @property
-    def num_rows(self) -> int | None:
-        """Rows of the batch; None before the first step."""
-
-    def truncate(self, length: int) -> None:
-        """Forget all columns but the first ``length``."""
-
-    def reorder(self, order: Sequence[int]) -> None:
-        """Let row i be what row ``order[i]`` was."""
-
-
-class CountingCache(Cache):
-    """What models and ``generate`` see of a session. Holds no keys or values, and no call makes a trip.
-
-    ``Cache`` with an empty list of layers is a valid cache: ``is_compileable`` is False and ``is_croppable`` True for
-    it, and ``is_sliding``, ``is_linear`` and ``is_dummy`` are empty, so that ``find_first_full_attention_index`` gives
-    0. Overridden is everything that asks for a length or changes the content.
-    """
-
-    def __init__(self, session: CachedSession) -> None:
-        super().__init__(layers=[])
-        self.session = session
-        self.is_to_be_skipped = False
-        """Whether the next inputs begin with what is cached already; see ``skip_cached``."""
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.session.position
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.session.position
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.session.position + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1  # "no maximum" in Transformers' words; a session refuses steps beyond its own
-
-    def crop(self, tokens_to_remove: int) -> None:
-        # ``generate`` counts from the end, and calls with 0 often. Positive numbers once were the length to keep.
-        if tokens_to_remove > 0:
-            self.session.truncate(min(tokens_to_remove, self.session.position))
-        elif tokens_to_remove < 0:
-            self.session.truncate(max(0, self.session.position + tokens_to_remove))
-
-    def reset(self) -> None:
-        self.session.truncate(0)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.session.reorder(beam_idx.tolist())
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.session.reorder(indices.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.session.reorder([row for row in range(self.session.num_rows or 0) for _ in range(repeats)])
-
-    @property
-    def batch_size(self) -> int:
-        return self.session.num_rows or -1
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.session.position > 0
-
-    def update(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise AssertionError("a cache that only counts was asked to store keys and values")
-
-    def __len__(self) -> int:
-        return 0
-
-    def __bool__(self) -> bool:
-        return True  # or ``if past_key_values`` would take it for none, because its length is 0
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.session.position} columns)"
-
-    def __deepcopy__(self, memo: object) -> CountingCache:
-        return self  # ``generate`` copies its keyword arguments; a session has no copies
-
-
-class EmptyCache(CountingCache):
-    """The cache of a forward that keeps nothing, although the model wants a cache to return.
-
-    Models make a ``DynamicCache`` when ``use_cache`` is on (it is by default) and none is given, and return it. Nobody
-    would ever write to it, and passing it back in would give wrong results without a word. So this one goes in instead,
-    and is refused when it comes back.
-    """
-
-    class _Nothing:
-        position = 0
-        num_rows = None
-
-        def truncate(self, length: int) -> None:
-            pass
-
-        def reorder(self, order: Sequence[int]) -> None:
-            pass
-
-    def __init__(self) -> None:
-        super().__init__(self._Nothing())
-
-
-# --- entering a base model's forward ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BaseCall:
-    """What a base model was called with, in so far as blocks elsewhere must know."""
-
-    num_rows: int
-    width: int
-    attention_mask: torch.Tensor | None
-    """[R, P + T]; None: all columns hold tokens."""
-    position_ids: torch.Tensor | None
-    """[R or 1, T]; None: the model's own choice."""
-    past_key_values: Any
-    use_cache: bool
-    arguments: dict[str, Any]
-    """All arguments by name, for calling the model."""
-
-
-def read_base_call(
-    model: PreTrainedModel, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> BaseCall:
-    """Sort the arguments of a call of a base model's ``forward``.
-
-    Raises:
-        InvalidRequestError: the call asks for something that can't be done with blocks that are elsewhere.
-    """
-    names = _positional_names(forward)
-    if len(args) > len(names):
-        raise TypeError(f"forward() takes at most {len(names)} positional arguments, {len(args)} were given")
-    arguments = dict(zip(names, args, strict=False))
-    if twice := arguments.keys() & kwargs.keys():
-        raise TypeError(f"forward() got several values for {', '.join(sorted(twice))}")
-    arguments.update(kwargs)
-
-    inputs = arguments.get("input_ids")
-    if inputs is None:
-        inputs = arguments.get("inputs_embeds")
-    if inputs is None or inputs.ndim < 2:
-        raise InvalidRequestError(
-            "pass input_ids of shape [rows, tokens], or inputs_embeds [rows, tokens, hidden size]"
-        )
-    num_rows, width = inputs.shape[:2]
-
-    mask = arguments.get("attention_mask")
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        raise InvalidRequestError(
-            "attention masks of four dimensions (or of another kind) can't be sent to servers: "
-            "pass the 2D mask [rows, tokens] that is 1 at tokens and 0 at pads"
-        )
-    positions = arguments.get("position_ids")
-    if positions is not None and (
-        positions.ndim != 2 or positions.shape[1] != width or positions.shape[0] not in (1, num_rows)
-    ):
-        raise InvalidRequestError(
-            f"position_ids of shape {list(positions.shape)} do not fit {num_rows} rows of {width} tokens"
-        )
-    for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
-        if arguments.get(name) or (arguments.get(name) is None and getattr(model.config, name, False)):
-            raise InvalidRequestError(
-                f"{name} is not available: what happens inside the blocks stays on the servers that run them"
-            )
-    for name in ("encoder_hidden_states", "head_mask"):
-        if arguments.get(name) is not None:
-            raise InvalidRequestError(f"{name} can't be sent to servers: leave it out")
-    use_cache = arguments.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(model.config, "use_cache", True)
-    return BaseCall(
-        num_rows=num_rows,
-        width=width,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=arguments.get("past_key_values"),
-        use_cache=bool(use_cache),
-        arguments=arguments,
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a method's positional parameters; decorators of Transformers keep the signature that they wrap."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
-
-
-@functools.lru_cache(maxsize=64)
-def takes_position_ids(forward: Callable[..., Any]) -> bool:
-    """Whether a base model's blocks see positions at all. bloom and mpt have none: only distances count there."""
-    return "position_ids" in inspect.signature(forward).parameters
-
-
-# --- entering generate ------------------------------------------------------------------------------------------------
+    from transformers import GenerationConfig
 
 
 class GenerationEntry:
@@ -245,6 +38,63 @@ class GenerationEntry:
     def _check_generation_cache(self, cache: CountingCache, max_length: int, num_drafts: int) -> None:
         """Raise if a cache that was passed in can't grow to ``max_length`` columns, or for a moment to more."""
         raise NotImplementedError
+
+    def _decode_rows_with_drafts(self, call: AssistedCall) -> Any:
+        """Run assisted generation for several rows, and return ``call.result(...)``."""
+        raise NotImplementedError
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: torch.Tensor | None = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Called by ``generate`` when there is something to draft with; the original refuses more than one row."""
+        for name in ("assistant_early_exit", "use_mtp"):
+            if getattr(generation_config, name, None):
+                raise InvalidRequestError(
+                    f"{name} drafts with the model's own blocks, which are remote: "
+                    "draft with prompt_lookup_num_tokens, or a small assistant_model"
+                )
+        assistants = {
+            "assistant_model": assistant_model,
+            "assistant_tokenizer": assistant_tokenizer,
+            "tokenizer": tokenizer,
+        }
+        if input_ids.shape[0] == 1:
+            return super()._assisted_decoding(  # type: ignore[misc]
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                inputs_tensor=inputs_tensor,
+                **assistants,
+                **model_kwargs,
+            )
+        if not model_kwargs.get("use_cache"):
+            raise InvalidRequestError("drafts are checked in a session: leave use_cache=False out")
+        return self._decode_rows_with_drafts(
+            AssistedCall(
+                model=self,
+                tokens=input_ids,
+                processors=logits_processor,
+                criteria=stopping_criteria,
+                config=generation_config,
+                streamer=streamer,
+                assistants=assistants,
+                model_kwargs=model_kwargs,
+            )
+        )
 
     def _prepare_cache_for_generation(
         self,
@@ -263,6 +113,124 @@ class GenerationEntry:
             self._check_generation_cache(cache, max_cache_length, num_drafts)
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._new_generation_cache(max_cache_length + 1 + num_drafts)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class AssistedCall:
+    """A call of ``_assisted_decoding``: what a decoding loop is given, and its way to the model."""
+
+    model: Any
+    tokens: torch.Tensor
+    """Prompts: int64 [R, P]; [R, 0] if they are embeddings."""
+    processors: Any
+    criteria: Any
+    config: GenerationConfig
+    streamer: Any
+    assistants: dict[str, Any]
+    model_kwargs: dict[str, Any]
+    _is_first: bool = True
+    _last: Any = None
+    _hidden_states: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether the next forward takes drafts: the first one does not if the prompts are embeddings."""
+        return not (self._is_first and self.model_kwargs.get("inputs_embeds") is not None)
+
+    def new_drafter(self, row: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Make what drafts for one row: takes its tokens [L], pads included, and returns those that may come next.
+
+        ``_get_candidate_generator`` makes what the original would use. It drafts without logits processors (one that
+        treats rows differently would take each row for the first) and without sampling (random numbers are left to the
+        choice of tokens), and never sees pads.
+        """
+        mask = self.model_kwargs.get("attention_mask")
+        is_token = torch.ones_like(self.tokens[row]) if mask is None else mask[row, : self.tokens.shape[1]]
+        columns = is_token.nonzero().flatten()
+        num_pads = int(columns[0]) if len(columns) else self.tokens.shape[1]
+        first = self.tokens[row : row + 1, num_pads:]
+        config = copy.deepcopy(self.config)
+        config.do_sample = False
+        config.temperature = config.top_p = config.top_k = None
+        generator = self.model._get_candidate_generator(
+            generation_config=config,
+            input_ids=first,
+            inputs_tensor=first,
+            logits_processor=None,
+            model_kwargs={"attention_mask": torch.ones_like(first)},
+            assistant_model=self.assistants["assistant_model"],
+            assistant_tokenizer=self.assistants["assistant_tokenizer"],
+            target_tokenizer=self.assistants["tokenizer"],
+        )
+
+        def draft(tokens: torch.Tensor) -> torch.Tensor:
+            known = tokens[None, num_pads:]
+            if known.shape[1] == 0:
+                return tokens.new_empty(0)
+            candidates: torch.Tensor = generator.get_candidates(known)[0]
+            return candidates[0, known.shape[1] :]
+
+        return draft
+
+    def forward(self, tokens: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        """Run tokens [R, L] and drafts [R, W] that are not cached yet; returns logits [R, W + 1, V].
+
+        As the original does it, through ``prepare_inputs_for_generation``.
+        """
+        width = drafts.shape[1]
+        inputs = self.model.prepare_inputs_for_generation(
+            torch.cat([tokens, drafts], dim=1),
+            next_sequence_length=None if self._is_first else width + 1,
+            is_first_iteration=self._is_first,
+            **_lengthen(self.model_kwargs, width),
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = width + 1
+        outputs = self.model(**inputs, return_dict=True)
+        self._is_first = False
+        self._last = outputs
+        logits: torch.Tensor = outputs.logits[:, -width - 1 :]
+        return logits
+
+    def keep(self, num_new: int, num_drafts: int) -> None:
+        """Take back all drafts but those that became ``num_new`` tokens, the last of which is not cached yet."""
+        self.model_kwargs["past_key_values"].crop(num_new - 1 - num_drafts)
+        self.model_kwargs = _lengthen(self.model_kwargs, num_new)
+        states = self._last.hidden_states
+        if states is not None:
+            begin = states[0].shape[1] - num_drafts
+            bounds = [0, *range(begin, begin + num_new)]
+            for first, last in pairwise(bounds):
+                self._hidden_states.append(tuple(state[:, first:last] for state in states))
+
+    def result(self, tokens: torch.Tensor, *, scores: Sequence[torch.Tensor], logits: Sequence[torch.Tensor]) -> Any:
+        """What ``generate`` returns."""
+        config = self.config
+        if self.streamer is not None:
+            self.streamer.end()
+        if not config.return_dict_in_generate:
+            return tokens
+        make: Any = GenerateDecoderOnlyOutput  # its annotations are narrower than what Transformers itself puts in
+        return make(
+            sequences=tokens,
+            scores=tuple(scores) if config.output_scores else None,
+            logits=tuple(logits) if config.output_logits else None,
+            hidden_states=tuple(self._hidden_states) if config.output_hidden_states else None,
+            past_key_values=self.model_kwargs["past_key_values"],
+        )
+
+
+def _lengthen(model_kwargs: dict[str, Any], count: int) -> dict[str, Any]:
+    """The same arguments for ``count`` more columns that hold tokens in all rows."""
+    lengthened = dict(model_kwargs)
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        lengthened["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], count)], dim=1)
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        more = positions[:, -1:] + 1 + torch.arange(count, device=positions.device)
+        lengthened["position_ids"] = torch.cat([positions, more], dim=1)
+    return lengthened
 
 
 def skip_cached(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
