@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -97,8 +98,7 @@ class HopSession:
         Raises:
             PetalsError: the step failed. The session must then be closed.
         """
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
+        started_s = time.perf_counter()  # uvloop's clock counts milliseconds
         stream = self._stream
         self.num_under_way += 1
         # The locks are fair, so that replies are received in the order in which the steps were sent.
@@ -118,7 +118,7 @@ class HopSession:
             await stream.send(body, states.payload, timeout_s=timeout_s)
         async with self._receiving:
             try:
-                message = await stream.receive(timeout_s=max(0.0, timeout_s - (loop.time() - started_s)))
+                message = await stream.receive(timeout_s=max(0.0, timeout_s - (time.perf_counter() - started_s)))
             except DeadlineExceededError:
                 raise DeadlineExceededError(f"no answer to a step within {timeout_s:g} s") from None
             except EndOfStreamError:
@@ -132,7 +132,7 @@ class HopSession:
             peer_id=self.hop.peer_id,
             start=self.hop.start,
             end=self.hop.end,
-            total_s=loop.time() - started_s,
+            total_s=time.perf_counter() - started_s,
             queue_s=result.queue_us / 1e6,
             compute_s=result.compute_us / 1e6,
         )

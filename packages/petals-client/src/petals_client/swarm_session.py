@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -72,8 +73,7 @@ class SwarmSession:
         Raises:
             PetalsError: a server failed and could not be replaced. The session must then be closed.
         """
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
+        started_s = time.perf_counter()  # uvloop's clock counts milliseconds
         self._failures.clear()
         self._num_refusals = 0
         traces: list[HopTrace] = []
@@ -84,7 +84,7 @@ class SwarmSession:
         self.traces.append(
             StepTrace(
                 num_tokens=sum(states.spec.shape[0] for _, states in parts),
-                total_s=loop.time() - started_s,
+                total_s=time.perf_counter() - started_s,
                 hops=tuple(traces),
             )
         )
