@@ -66,8 +66,13 @@ def test_kinds_of_hosts() -> None:
     assert Address("localhost", 1).is_loopback
     assert Address("127.0.0.5", 1).is_loopback
     assert Address("::1", 1).is_loopback
+    assert Address("::ffff:127.0.0.1", 1).is_loopback
+    assert Address("LocalHost.", 1).is_loopback
+    assert Address("demo.localhost", 1).is_loopback
+    assert not Address("localhost.example.org", 1).is_loopback
     assert not Address("example.org", 1).is_loopback
     assert Address("0.0.0.0", 1).is_unspecified
     assert Address("::", 1).is_unspecified
+    assert Address("::ffff:0.0.0.0", 1).is_unspecified
     assert not Address("10.0.0.1", 1).is_unspecified
     assert Address("example.org", 1).ip is None

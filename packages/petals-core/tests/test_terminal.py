@@ -53,6 +53,19 @@ def test_usage_errors_of_an_app(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: No such option: --colour (--help shows what is possible)\n"
 
 
+def test_a_program_without_arguments_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    class NoArgsIsHelpError(Exception):
+        message = "Usage: petals COMMAND\n\n  Several lines."
+
+    def app(*, standalone_mode: bool) -> object:
+        raise NoArgsIsHelpError
+
+    with pytest.raises(SystemExit) as caught:
+        run_app(app)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "Usage: petals COMMAND\n\n  Several lines.\n"
+
+
 def test_exit_code_of_an_app() -> None:
     for returned, expected in ((None, 0), (3, 3)):
         with pytest.raises(SystemExit) as caught:

@@ -201,6 +201,8 @@ def test_no_peers_is_told_with_the_names_tried() -> None:
             await Directory.connect([Address("127.0.0.1", port)], timeout_s=0.2)
         with pytest.raises(NoPeersError, match=r"no-such-host\.invalid:1 \(no such host\)"):
             await Directory.connect([Address("no-such-host.invalid", 1)], timeout_s=0.5)
+        with pytest.raises(NoPeersError, match=r"\[::1\]:1 \(an IPv6 address, which we do not listen on\)"):
+            await Directory.start(Identity.ephemeral(), "127.0.0.1", initial_peers=[Address("::1", 1)], timeout_s=0.2)
         with pytest.raises(ConfigurationError, match="--initial-peers"):
             await Directory.connect([])
         assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -95,6 +95,14 @@ def test_errors_take_one_line(arguments: list[str], text: str) -> None:
     assert re.search(text, errors), errors
 
 
+def test_without_arguments_there_is_help() -> None:
+    with start([]) as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
+    assert errors.startswith("Usage: ")
+    assert errors.count("\n") > 5
+
+
 def test_help_shows_no_names_of_earlier_versions() -> None:
     with start(["serve", "--help"]) as process:
         output, _ = process.communicate(timeout=60)

@@ -19,10 +19,20 @@ def announced(
 
 
 def test_a_swarm_on_this_machine_stays_on_it() -> None:
-    assert choose_listen_host(None, ()) == "127.0.0.1"
-    assert choose_listen_host(None, (HERE,)) == "127.0.0.1"
-    assert choose_listen_host(None, (HERE, ELSEWHERE)) is None
-    assert choose_listen_host("0.0.0.0", ()) == "0.0.0.0"
+    assert choose_listen_host(None, None, ()) == "127.0.0.1"
+    assert choose_listen_host(None, None, (HERE,)) == "127.0.0.1"
+    assert choose_listen_host(None, None, (HERE, ELSEWHERE)) is None
+    assert choose_listen_host("0.0.0.0", None, ()) == "0.0.0.0"
+
+
+def test_who_announces_another_address_listens_there() -> None:
+    assert choose_listen_host(None, "example.org", ()) is None
+    assert choose_listen_host(None, "localhost", (HERE,)) == "127.0.0.1"
+
+
+def test_peers_on_the_loopback_of_ipv6_are_met_there() -> None:
+    assert choose_listen_host(None, None, (Address("::1", 1),)) == "::1"
+    assert choose_listen_host(None, None, (Address("::1", 1), HERE)) == "127.0.0.1"
 
 
 def test_what_is_announced() -> None:
@@ -31,10 +41,17 @@ def test_what_is_announced() -> None:
     assert announced(listen=None, announce="example.org", peers=(ELSEWHERE,)) == "example.org"
     assert announced(listen=None, observed="198.51.100.9", peers=(ELSEWHERE,)) == "198.51.100.9"
     assert announced(listen="0.0.0.0") == "192.168.1.7"
+    assert announced(listen="0.0.0.0", observed="127.0.0.1", peers=(HERE,)) == "192.168.1.7"
 
 
 @pytest.mark.parametrize(
-    ("listen", "announce", "option"), [("127.0.0.1", None, "--host"), (None, "localhost", "--announce-host")]
+    ("listen", "announce", "option"),
+    [
+        ("127.0.0.1", None, "--host"),
+        (None, "localhost", "--announce-host"),
+        (None, "LocalHost.", "--announce-host"),
+        (None, "::ffff:127.0.0.1", "--announce-host"),
+    ],
 )
 def test_loopback_is_not_announced_to_peers_elsewhere(listen: str | None, announce: str | None, option: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{option} .* set --announce-host"):

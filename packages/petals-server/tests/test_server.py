@@ -1,5 +1,6 @@
 """From configuration to announcement and back."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def test_a_server_takes_all_blocks_that_memory_holds(checkpoint: Path) -> None:
         ({"num_blocks": 5}, ConfigurationError, "--num-blocks 5: the model has only 4 blocks"),
         ({"model": "no/such/folder"}, CheckpointError, "no/such/folder"),
         ({"device": "abacus"}, ConfigurationError, "--device abacus"),
+        ({"device": "meta"}, ConfigurationError, "--device meta"),
         ({"device": "cuda:99"}, DeviceError, "no device cuda:99"),
         ({"host": "192.0.2.1"}, ConfigurationError, "can't listen on 192.0.2.1"),
         (
@@ -116,3 +118,40 @@ def test_a_swarm_on_this_machine_listens_on_it_alone(checkpoint: Path) -> None:
             assert server.address.host == "127.0.0.1"
 
     run_clean(run())
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_servers_meet_on_the_loopback_of_ipv6(checkpoint: Path) -> None:
+    async def run() -> None:
+        async with (
+            Server(config_for(checkpoint, blocks=(0, 2), host="::1")) as first,
+            Server(config_for(checkpoint, blocks=(2, 4), initial_peers=(first.address,))) as second,
+            await Directory.connect([second.address]) as directory,
+        ):
+            assert (first.address.host, second.address.host) == ("::1", "::1")
+            assert len(await directory.find_servers(first.model.fingerprint)) == 2
+
+    run_clean(run())
+
+
+def test_an_address_of_which_nothing_can_be_seen_is_announced_with_a_warning(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with Server(config_for(checkpoint, blocks=(0, 1))) as first:
+            changes = {"initial_peers": (first.address,), "host": "127.0.0.1", "announce_host": "no-such-host.invalid"}
+            async with Server(config_for(checkpoint, blocks=(1, 4), **changes)) as server:
+                assert server.address.host == "no-such-host.invalid"
+
+    run_clean(run())
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert "whether others can connect to no-such-host.invalid" in warning

@@ -48,16 +48,19 @@ class Address:
 
     @property
     def ip(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-        """The host as an IP address, or None for a name."""
+        """The host as an IP address, or None for a name. An IPv4 address that is written as an IPv6 one is IPv4."""
         try:
-            return ipaddress.ip_address(self.host)
+            found = ipaddress.ip_address(self.host)
         except ValueError:
             return None
+        return getattr(found, "ipv4_mapped", None) or found
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach the address."""
-        return self.host == "localhost" or (self.ip is not None and self.ip.is_loopback)
+        """Whether only this machine can reach the address (names: RFC 6761 section 6.3)."""
+        if self.ip is not None:
+            return self.ip.is_loopback
+        return self.host.lower().rstrip(".").rpartition(".")[2] == "localhost"
 
     @property
     def is_unspecified(self) -> bool:

@@ -62,6 +62,9 @@ def one_line_errors(*, verbose: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command without arguments: its message is the help
+            print(getattr(error, "message", error), file=sys.stderr)
+            sys.exit(EXIT_ERROR)
         if isinstance(error, _UsageError):
             _fail(f"{error.format_message()} (--help shows what is possible)", error.exit_code, verbose=verbose)
         if type(error).__name__ == "Abort":  # Typer's own way to say that a prompt was interrupted

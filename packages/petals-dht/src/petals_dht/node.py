@@ -195,7 +195,8 @@ class Node:
         greetings: list[asyncio.Task[None]] = []
         for peer in peers:
             addresses = await resolve(peer, self.protocol.families)
-            reasons[peer] = "no answer" if addresses else "no such host"
+            unusable = "no such host" if peer.ip is None else f"an IPv{peer.ip.version} address, which we do not listen on"
+            reasons[peer] = "no answer" if addresses else unusable
             greetings += [asyncio.create_task(greet(address)) for address in addresses]
         waiting = asyncio.create_task(found.wait())
         try:

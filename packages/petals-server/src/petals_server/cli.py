@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import Annotated, Final, NoReturn
 
 # Waiting OpenMP threads sleep instead of spinning: three servers on two cores otherwise spend three times as long on a
 # step as they compute. Must be set before torch is imported.
@@ -25,10 +25,7 @@ from petals_core.errors import ConfigurationError
 from petals_core.identity import Identity
 from petals_core.swarm_key import SwarmKey
 from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
-from petals_server.config import ServerConfig, parse_blocks
-
-if TYPE_CHECKING:
-    pass
+from petals_server.config import ServerConfig, parse_blocks, parse_size
 
 log = logging.getLogger("petals_server")
 
@@ -46,7 +43,9 @@ def _root() -> None:
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the Hugging Face hub.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its name on the Hugging Face hub.")
+    ],
     new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm that others join.")] = False,
     initial_peers: Annotated[
         list[str] | None,
@@ -57,46 +56,85 @@ def serve(
     ] = None,
     num_blocks: Annotated[
         int | None,
-        typer.Option("--num-blocks", help="Serve so many blocks, where the swarm needs them most [all that fit]."),
+        typer.Option(
+            "--num-blocks", metavar="N", help="Serve so many blocks, where the swarm needs them most [all that fit]."
+        ),
     ] = None,
     host: Annotated[
         str | None,
-        typer.Option("--host", help="Address to listen on [all, or this machine only if all peers are on it]."),
+        typer.Option(
+            "--host",
+            metavar="HOST",
+            help="Address to listen on; 0.0.0.0 lets others in [this machine alone, or all if a peer is elsewhere].",
+        ),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option("--port", help="TCP and UDP port; 0: a free one [31330, or a free one where that is taken]."),
+        typer.Option(
+            "--port", metavar="PORT", help="TCP and UDP port; 0: a free one [31330, or a free one where that is taken]."
+        ),
     ] = None,
     announce_host: Annotated[
-        str | None, typer.Option("--announce-host", help="Name or address by which others reach this machine.")
+        str | None,
+        typer.Option("--announce-host", metavar="HOST", help="Name or address by which others reach this machine."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     torch_dtype: Annotated[
-        str, typer.Option("--torch-dtype", help="auto (as stored), float32, bfloat16 or float16.")
+        str, typer.Option("--torch-dtype", metavar="DTYPE", help="auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
-    token: Annotated[
-        str | None, typer.Option("--token", envvar="HF_TOKEN", show_envvar=False, help="Access token of the hub.")
+    quantization: Annotated[
+        str,
+        typer.Option(
+            "--quantization", metavar="FORM", help="none, int8, nf4, or auto: nf4 on a GPU, none on a CPU. It is announced."
+        ),
+    ] = "none",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint: it can do anything.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
     ] = None,
-    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Folder for downloads from the hub.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", metavar="TOKEN", envvar="HF_TOKEN", show_envvar=False, help="Access token of the hub."),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", metavar="FOLDER", help="Folder for downloads from the hub.")
+    ] = None,
+    max_disk_space: Annotated[
+        str | None,
+        typer.Option(
+            "--max-disk-space",
+            metavar="SIZE",
+            help="What downloads may take, for example 200GB; what was not used for longest is deleted [all there is].",
+        ),
+    ] = None,
     attn_cache_tokens: Annotated[
         int | None,
-        typer.Option("--attn-cache-tokens", help="Tokens that all sessions may hold together [by free memory]."),
+        typer.Option(
+            "--attn-cache-tokens", metavar="N", help="Tokens that all sessions may hold together [by free memory]."
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Threads that compute [measured].")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Threads that compute [measured].")
+    ] = None,
     identity: Annotated[
-        Path | None, typer.Option("--identity", help="File with this server's key; made if there is none.")
+        Path | None,
+        typer.Option("--identity", metavar="FILE", help="This server's key; made if there is none [one of yours]."),
     ] = None,
     swarm_key_file: Annotated[
-        Path | None, typer.Option("--swarm-key-file", help="Key of a private swarm: 64 hexadecimal digits.")
+        Path | None,
+        typer.Option("--swarm-key-file", metavar="FILE", help="Key of a private swarm; petals-dht keygen makes one."),
     ] = None,
-    public_name: Annotated[str, typer.Option("--public-name", help="Shown to everybody in lists of servers.")] = "",
+    public_name: Annotated[
+        str, typer.Option("--public-name", metavar="NAME", help="Shown to everybody in lists of servers.")
+    ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more, and show where errors come from.")] = False,
 ) -> None:
     """Serve blocks of MODEL: start a swarm with --new-swarm, or join one with --initial-peers.
 
-    Prints one line with the address by which others join. Ctrl-C lets open sessions end for a while and leaves; a
-    second one leaves at once. Servers can read what passes through them.
+    Prints one line with the address by which others join. Ctrl-C gives open sessions a few seconds to end and leaves
+    the swarm; a second one leaves at once. Servers can read what passes through them.
     """
     peers = parse_connectable_addresses(initial_peers or [], option="--initial-peers")
     if new_swarm == bool(peers):
@@ -115,9 +153,12 @@ def serve(
         announce_host=announce_host,
         device=device,
         torch_dtype=torch_dtype,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
+        max_disk_bytes=None if max_disk_space is None else parse_size(max_disk_space),
         swarm_key=None if swarm_key_file is None else SwarmKey.read(swarm_key_file),
         identity=Identity.default("server") if identity is None else Identity.load(identity),
         public_name=public_name,
@@ -136,17 +177,19 @@ async def _serve(config: ServerConfig) -> None:
     from petals_server.server import DRAIN_TIMEOUT_S, Server
 
     wants_stop = asyncio.Event()
+    display = _LoadingDisplay()
     is_ready = False
 
     def on_signal() -> None:
         if wants_stop.is_set() or not is_ready:
             # While it loads there is nothing to withdraw, and no way to interrupt the thread that does it.
+            display.close()
             os._exit(EXIT_INTERRUPTED)
         wants_stop.set()
 
     log.info("note: a server can read whatever passes through it, and so can everybody who runs one")
     with _signals_go_to(on_signal):
-        with _LoadingDisplay() as display:
+        with display:
             server = await Server.start(config, display.report)
         is_ready = True
         span = server.model.span
@@ -204,6 +247,10 @@ class _LoadingDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away and give the cursor back."""
         if self._progress is not None:
             self._progress.stop()
 

@@ -123,6 +123,9 @@ def _choose_device(name: str) -> torch.device | str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise ConfigurationError(f"--device {name}: there is no such device; use auto, cpu or cuda") from None
+        device = None
+    if device is None or device.type == "meta":  # which takes everything and computes nothing
+        raise ConfigurationError(f"--device {name}: there is no such device; use auto, cpu or cuda")
+    return device

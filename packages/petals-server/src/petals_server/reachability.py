@@ -13,19 +13,26 @@ from petals_dht.sockets import bind_udp
 from petals_server.config import DEFAULT_PORT
 
 LOOPBACK: Final = "127.0.0.1"
+_LOOPBACK_6: Final = "::1"
 _WILDCARDS: Final = ("0.0.0.0", "::")
 _NUM_ATTEMPTS: Final = 50
 _BACKLOG: Final = 256
 
 
-def choose_listen_host(host: str | None, initial_peers: Sequence[Address]) -> str | None:
+def choose_listen_host(host: str | None, announce_host: str | None, initial_peers: Sequence[Address]) -> str | None:
     """Where to listen; None is every address of the machine.
 
     A swarm whose known peers are all on this machine stays on it unless the user says otherwise.
     """
-    if host is None:
-        return None if has_peers_elsewhere(initial_peers) else LOOPBACK
-    return host
+    if host is not None:
+        return host
+    if has_peers_elsewhere(initial_peers):
+        return None
+    if announce_host is not None and not Address(announce_host, DEFAULT_PORT).is_loopback:
+        return None
+    if initial_peers and all(peer.ip is not None and peer.ip.version == 6 for peer in initial_peers):
+        return _LOOPBACK_6
+    return LOOPBACK
 
 
 def has_peers_elsewhere(initial_peers: Sequence[Address]) -> bool:
@@ -44,7 +51,8 @@ def choose_announced_host(
     """The host that others are told to connect to.
 
     What the user says counts; otherwise the address that is listened on, and where that is all of them, the one that
-    the peers see us at, or as a last resort ``own_host``.
+    the peers see us at, or as a last resort ``own_host``. Peers that see us at a loopback address are on this machine:
+    what they see is nothing for the others.
 
     Raises:
         ConfigurationError: peers on other machines could not connect to it.
@@ -53,8 +61,10 @@ def choose_announced_host(
         host, option = announce_host, "--announce-host"
     elif listen_host is not None and listen_host not in _WILDCARDS:
         host, option = listen_host, "--host"
+    elif observed_host is not None and not Address(observed_host, DEFAULT_PORT).is_loopback:
+        return observed_host
     else:
-        return observed_host or own_host
+        return own_host
     if Address(host, DEFAULT_PORT).is_loopback and has_peers_elsewhere(initial_peers):
         raise ConfigurationError(
             f"{option} {host} is this machine alone, but there are peers elsewhere: "

@@ -126,7 +126,7 @@ class Server:
 
     async def _start(self) -> None:
         config = self.config
-        host = reachability.choose_listen_host(config.host, config.initial_peers)
+        host = reachability.choose_listen_host(config.host, config.announce_host, config.initial_peers)
         reachability.choose_announced_host(
             listen_host=host or "::",
             announce_host=config.announce_host,
@@ -208,11 +208,16 @@ class Server:
         if config.initial_peers:
             found = await self._directory.check_reachable(port, self.peer_id)
             is_reachable, reason = found.is_reachable, found.reason
+            if is_reachable and self.address.host != found.observed_host:
+                # Peers connect to where they see us and nowhere else, so the other address is tried from here.
+                reason = await reach(self.address.host, port, self.peer_id)
+                is_reachable = None if reason else True
         else:
             reason = await reach(self.address.host, port, self.peer_id)
             is_reachable = not reason
         if is_reachable:
-            log.info("peer %s listens on port %d and can be reached at %s", self.peer_id.short, port, self.address)
+            bound = ", from this machine alone: --host 0.0.0.0 lets others in" if self.address.is_loopback else ""
+            log.info("peer %s listens and can be reached at %s%s", self.peer_id.short, self.address, bound)
         elif is_reachable is None or config.announce_host is not None:
             # An address that the user gave may be one that only others can use, as behind many home routers.
             log.warning("whether others can connect to %s could not be seen: %s", self.address, reason)
