@@ -5,8 +5,9 @@ Letters: N tokens of all rows, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,35 @@ class Chain(Protocol):
         position_runs: PositionRuns | None,
     ) -> Tensor:
         """Compute whole rows without a cache; returns [N, H] in the same dtype on the CPU.
+
+        Raises:
+            PetalsError: no chain could do it.
+        """
+
+    def forward_for_training(
+        self,
+        hidden: Tensor,
+        prompts: Tensor | None,
+        *,
+        start: int,
+        end: int,
+        row_tokens: tuple[int, ...],
+        position_runs: PositionRuns | None,
+        keeps_graphs: bool,
+    ) -> tuple[Tensor, Any, list[Tensor]]:
+        """Compute rows as ``forward`` does; returns also what ``backward`` needs: a trace, and hidden states.
+
+        ``prompts`` [end - start, 1 or rows, P, H] are added to the states of each row's first P tokens before each
+        block. Servers are asked to keep the graph where ``keeps_graphs``.
+
+        Raises:
+            PetalsError: no chain could do it.
+        """
+
+    def backward(
+        self, trace: Any, inputs: Sequence[Tensor], prompts: Tensor | None, gradient: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the hidden states [N, H] and the prompts of a ``forward_for_training``, any number of times.
 
         Raises:
             PetalsError: no chain could do it.

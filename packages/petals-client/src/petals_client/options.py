@@ -13,6 +13,8 @@ from petals_core.errors import ConfigurationError
 from petals_core.limits import MIB
 from petals_core.swarm_key import SwarmKey
 
+GRADIENT_ENCODINGS = ("float32", "float16", "bfloat16", "int8")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOptions:
@@ -30,10 +32,24 @@ class ClientOptions:
     """Age at which what is known of the servers is looked up again."""
     max_tokens_per_request: int = 2048
     """Longer prompts and larger batches travel in parts."""
+    micro_batch_tokens: int | None = None
+    """Tokens of whole rows that travel together in training; None: by the batch and the number of servers."""
+    max_tokens_in_flight: int = 16_384
+    """Tokens of one forward or backward in training that are under way at once, which bounds the client's memory."""
+    gradient_encoding: str | None = None
+    """How gradients travel: ``float16``, ``bfloat16`` or ``int8``, which loses precision; None: as they are."""
     history_bytes: int = 256 * MIB
     """Memory per session and server for what another server would need to take its place."""
     max_attempts: int = 4
     """Chains that are tried before a request fails."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_encoding not in (None, *GRADIENT_ENCODINGS):
+            raise ConfigurationError(
+                f"gradient_encoding {self.gradient_encoding!r} is none of {', '.join(GRADIENT_ENCODINGS)}"
+            )
+        if self.max_tokens_in_flight < 1 or (self.micro_batch_tokens or 1) < 1:
+            raise ConfigurationError("max_tokens_in_flight and micro_batch_tokens are at least 1")
 
     @classmethod
     def make(

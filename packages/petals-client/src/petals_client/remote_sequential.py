@@ -12,10 +12,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from petals_client.autograd import RemoteCall, run_blocks
 from petals_client.chain import Chain
 from petals_client.hidden_states import StateCollector
 from petals_client.inference_session import InferenceSession
-from petals_client.packing import pack, read_layout, read_position_runs, unpack
+from petals_client.packing import Layout, pack, read_layout, read_position_runs, unpack
 from petals_core.errors import InvalidRequestError
 
 
@@ -30,6 +31,8 @@ class BlockCall:
     position_ids: Tensor | None
     collector: StateCollector | None = None
     """Gathers hidden states between blocks; None: nobody asks for them."""
+    prompts: Tensor | None = None
+    """Deep prompts [blocks, 1 or R, P, H]."""
 
 
 _call: ContextVar[BlockCall | None] = ContextVar("petals block call", default=None)
@@ -91,12 +94,16 @@ class RemoteSequential(nn.Module):
 
     # --- as a block ---------------------------------------------------------------------------------------------------
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(
+        self, hidden: Tensor, *args: Any, prompts: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, None]:
         """Run hidden states through the blocks.
 
         Called by its base model it takes mask, positions and session from there; what the model passes for its own
         kind of blocks (4D masks, rotary tables) is of no use to servers and ignored. Called directly all columns count
-        as tokens, in the session that is open, if any.
+        as tokens, in the session that is open, if any. Then ``prompts`` [blocks, 1 or R, P, H] may be given: those of a
+        block are added to the states of each row's first P tokens before it. Gradients flow to hidden states and
+        prompts, outside of sessions.
 
         Raises:
             PetalsError: see ``InferenceSession.step`` and ``Chain.forward``.
@@ -107,32 +114,55 @@ class RemoteSequential(nn.Module):
         else:
             if kwargs.get("attention_mask") is not None:
                 raise InvalidRequestError("remote blocks take no mask when called directly: pass rows without pads")
-            call = BlockCall(blocks=self, session=self.open_session, valid=None, position_ids=None)
+            call = BlockCall(blocks=self, session=self.open_session, valid=None, position_ids=None, prompts=prompts)
         if call.collector is not None:
             call.collector.states[0] = hidden
-        if hidden.requires_grad and torch.is_grad_enabled():
-            output: Tensor = _NoGradient.apply(hidden, lambda hidden: self._run(hidden, call))
-        else:
-            output = self._run(hidden.detach(), call)
+        output = self._run(hidden, call)
         # Two elements, because some families unpack them (bamba) where others take the first (bloom, falcon).
         return (output, None) if self._returns_tuple else output
 
     def _run(self, hidden: Tensor, call: BlockCall) -> Tensor:
         if call.session is not None:
-            return call.session.step(hidden, valid=call.valid, position_ids=call.position_ids, collector=call.collector)
+            if hidden.requires_grad and torch.is_grad_enabled():
+                output: Tensor = _NoGradient.apply(hidden, lambda hidden: self._step(hidden, call))
+                return output
+            return self._step(hidden.detach(), call)
         num_rows, width, _ = hidden.shape
         layout = read_layout(num_rows, width, call.valid)
         runs = None if call.position_ids is None else read_position_runs(call.position_ids, layout, [0] * num_rows)
         packed = pack(hidden, layout).cpu()
+        prompts = None if call.prompts is None else self._check_prompts(call.prompts, layout).to(packed)
         bounds = (self.start, self.end) if call.collector is None else call.collector.bounds(self.start, self.end)
         for start, end in pairwise(bounds):
             if layout.num_tokens:
-                packed = self.chain.forward(
-                    packed, start=start, end=end, row_tokens=layout.row_tokens, position_runs=runs
+                part = None if prompts is None else prompts[start - self.start : end - self.start]
+                packed = run_blocks(
+                    packed,
+                    part,
+                    RemoteCall(
+                        chain=self.chain, start=start, end=end, row_tokens=layout.row_tokens, position_runs=runs
+                    ),
                 )
             if call.collector is not None:
                 call.collector.states[end] = unpack(packed.to(hidden.device), layout)
         return unpack(packed.to(hidden.device), layout)
+
+    def _step(self, hidden: Tensor, call: BlockCall) -> Tensor:
+        assert call.session is not None
+        return call.session.step(hidden, valid=call.valid, position_ids=call.position_ids, collector=call.collector)
+
+    def _check_prompts(self, prompts: Tensor, layout: Layout) -> Tensor:
+        shape = tuple(prompts.shape)
+        if len(shape) != 4 or shape[0] != len(self) or shape[1] not in (1, layout.num_rows):
+            raise InvalidRequestError(
+                f"deep prompts of shape {list(shape)} do not fit {len(self)} blocks and {layout.num_rows} rows: "
+                "they are [blocks, 1 or rows, tokens, width]"
+            )
+        if not 0 < shape[2] <= min(layout.row_tokens):
+            raise InvalidRequestError(
+                f"deep prompts of {shape[2]} tokens need rows of as many tokens, and one has {min(layout.row_tokens)}"
+            )
+        return prompts
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +210,7 @@ def entered(call: BlockCall) -> Iterator[None]:
 
 
 class _NoGradient(torch.autograd.Function):
-    """A forward through servers, whose backward says that it can't be done yet."""
+    """A step of a session, whose backward says why it can't be done."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -189,6 +219,6 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise InvalidRequestError(
-            "gradients do not flow through remote blocks yet: freeze what lies before them (embeddings), "
-            "or run the forward under torch.no_grad()"
+            "gradients do not flow through sessions, whose caches are the servers': call the model outside of the "
+            "session with the whole sequence, or run the forward under torch.no_grad()"
         )

@@ -19,6 +19,7 @@ from petals_client.session import States
 from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
+from petals_client.training import TrainingRun, TrainingTrace
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.split import block_count
 from petals_core.routing.graph import Chain
@@ -102,6 +103,36 @@ class SwarmChain:
             )
 
         return _join(hidden, parts, self._thread.run(run()))
+
+    def forward_for_training(
+        self,
+        hidden: Tensor,
+        prompts: Tensor | None,
+        *,
+        start: int,
+        end: int,
+        row_tokens: tuple[int, ...],
+        position_runs: PositionRuns | None,
+        keeps_graphs: bool,
+    ) -> tuple[Tensor, TrainingTrace, list[Tensor]]:
+        """See ``Chain.forward_for_training``. Parts of a batch are under way at once."""
+
+        async def run(swarm: Swarm) -> tuple[Tensor, TrainingTrace, list[Tensor]]:
+            return await TrainingRun(swarm, keeps_graphs=keeps_graphs).forward(
+                hidden, prompts, start=start, end=end, row_tokens=row_tokens, position_runs=position_runs
+            )
+
+        return self.run(run)
+
+    def backward(
+        self, trace: Any, inputs: Sequence[Tensor], prompts: Tensor | None, gradient: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``Chain.backward``."""
+
+        async def run(swarm: Swarm) -> tuple[Tensor, Tensor | None]:
+            return await TrainingRun(swarm, keeps_graphs=True).backward(trace, inputs, prompts, gradient)
+
+        return self.run(run)
 
     def open_session(self, *, start: int, end: int, num_rows: int, max_length: int) -> SwarmChainSession:
         """See ``Chain.open_session``."""

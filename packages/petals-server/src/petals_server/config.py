@@ -29,6 +29,11 @@ class ServerLimits:
     """Tokens of all requests that wait for the device; further requests are refused until some are done."""
     max_turn_tokens: int | None = None
     """Tokens, pads included, that the device computes in one go before decode steps get their turn; None: by device."""
+    max_graph_bytes: int = 1 << 30
+    """Memory for what backward passes need of forwards, of all clients together; a backward of one chunk may take as
+    much for itself."""
+    max_graph_s: float = 120.0
+    """How long a graph waits for its backward."""
     retry_after_s: float = 2.0
     """What a client that is refused for want of room is told to wait."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +24,8 @@ from petals_core.net.stream import Stream
 from petals_core.tensors.codec import TensorSpec
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
+    Backward,
+    BackwardResult,
     Forward,
     ForwardResult,
     Info,
@@ -39,6 +42,7 @@ from petals_server.execution import EncodedStates, ForwardWork, PackedStates, Se
 from petals_server.loading import ServedModel
 from petals_server.scheduling import Urgency
 from petals_server.sessions import SessionTable
+from petals_server.training_requests import TrainingRequests
 
 _FIRST_MESSAGE_TIMEOUT_S: Final = 30.0
 _MAX_SPANS: Final = 16
@@ -78,6 +82,9 @@ class RequestHandler:
         self._limits = limits
         self._facts = facts
         self._max_turn_tokens = limits.max_turn_tokens or model.max_turn_tokens
+        self.training = TrainingRequests(
+            model=model, engine=engine, limits=limits, max_turn_tokens=self._max_turn_tokens
+        )
         self._spans: dict[tuple[int, int], Span] = {(model.span.start, model.span.end): model.span}
 
     async def __call__(self, stream: Stream) -> None:
@@ -86,7 +93,7 @@ class RequestHandler:
         if isinstance(request, InfoRequest):
             await stream.send(self.info(), end=True)
             return
-        if not isinstance(request, (OpenSession, Forward)):
+        if not isinstance(request, (OpenSession, Forward, Backward)):
             raise InvalidRequestError(f"a stream can't begin with {type(request).__name__}: open a session first")
         if self.state != "online":
             raise DrainingError("the server is about to stop and takes no new work")
@@ -94,6 +101,10 @@ class RequestHandler:
         try:
             if isinstance(request, OpenSession):
                 await self._serve_session(stream, request)
+            elif isinstance(request, Backward):
+                await self._serve_backward(stream, request, message)
+            elif request.graph_id is not None or len(request.tensors) > 1:
+                await self._serve_training_forward(stream, request, message)
             else:
                 await self._serve_forward(stream, request, message)
         finally:
@@ -110,7 +121,7 @@ class RequestHandler:
             end=model.span.end,
             state=self.state,
             torch_dtype=model.torch_dtype,
-            quantization="none",
+            quantization=model.quantization,
             version=self._facts.version,
             public_name=self._facts.public_name,
             cache_tokens_left=self.sessions.cache_tokens_left,
@@ -175,17 +186,7 @@ class RequestHandler:
     async def _serve_forward(self, stream: Stream, request: Forward, message: Message) -> None:
         arrived_s = time.monotonic()
         span = await self._find_span(request.fingerprint, request.start, request.end)
-        num_tokens = sum(request.row_tokens)
-        if num_tokens > self._limits.max_forward_tokens:
-            raise InvalidRequestError(
-                f"a request of {num_tokens} tokens is over the {self._limits.max_forward_tokens} that this server "
-                "takes at once: send the rows in several requests"
-            )
-        if max(request.row_tokens) ** 2 > self.model.max_scores:
-            raise InvalidRequestError(
-                f"there is no memory for the attention of a row of {max(request.row_tokens)} tokens in one go: send "
-                "shorter rows, or open a session"
-            )
+        self._check_size(request.row_tokens)
         work: Work[EncodedStates] = ForwardWork(
             span,
             self.model.threads,
@@ -203,6 +204,53 @@ class RequestHandler:
             result.buffers,
             end=True,
         )
+
+    async def _serve_training_forward(self, stream: Stream, request: Forward, message: Message) -> None:
+        arrived_s = time.monotonic()
+        span = await self._find_span(request.fingerprint, request.start, request.end)
+        self._check_size(request.row_tokens)
+        work, results, is_kept = await self.training.forward(
+            stream.peer_id, request, message, span, arrived_s=arrived_s
+        )
+        await stream.send(
+            ForwardResult(
+                tensors=tuple(result.spec.to_wire() for result in results),
+                queue_us=_microseconds(work.queue_s),
+                compute_us=_microseconds(work.compute_s),
+                is_kept=is_kept,
+            ),
+            [buffer for result in results for buffer in result.buffers],
+            end=True,
+        )
+
+    async def _serve_backward(self, stream: Stream, request: Backward, message: Message) -> None:
+        arrived_s = time.monotonic()
+        span = await self._find_span(request.fingerprint, request.start, request.end)
+        self._check_size(request.row_tokens)
+        work, results = await self.training.backward(stream.peer_id, request, message, span, arrived_s=arrived_s)
+        await stream.send(
+            BackwardResult(
+                tensors=tuple(result.spec.to_wire() for result in results),
+                queue_us=_microseconds(work.queue_s),
+                compute_us=_microseconds(work.compute_s),
+            ),
+            [buffer for result in results for buffer in result.buffers],
+            end=True,
+        )
+
+    def _check_size(self, row_tokens: Sequence[int]) -> None:
+        """Raise ``InvalidRequestError`` if a request without a session is too large for this server."""
+        num_tokens = sum(row_tokens)
+        if num_tokens > self._limits.max_forward_tokens:
+            raise InvalidRequestError(
+                f"a request of {num_tokens} tokens is over the {self._limits.max_forward_tokens} that this server "
+                "takes at once: send the rows in several requests"
+            )
+        if max(row_tokens) ** 2 > self.model.max_scores:
+            raise InvalidRequestError(
+                f"there is no memory for the attention of a row of {max(row_tokens)} tokens in one go: send "
+                "shorter rows, or open a session"
+            )
 
     async def _find_span(self, fingerprint: str, start: int, end: int) -> Span:
         """The part of our span that a client wants; raises ``WrongModelError`` if we do not hold it."""
