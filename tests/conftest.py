@@ -2,96 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 import petals_client
-from petals_core.addresses import Address
-from petals_core.identity import Identity
-from petals_core.net.loop import new_event_loop
-from petals_core.swarm_key import SwarmKey
 from petals_core.testing.factories import make_checkpoint
-from petals_dht.directory import Directory
-from petals_server.config import ServerConfig
-from petals_server.server import Server
-
-T = TypeVar("T")
-
-
-class InProcessSwarm:
-    """A bootstrap node and servers in an event loop of their own thread. Everything ends with ``close``."""
-
-    def __init__(self, *, swarm_key: SwarmKey | None = None) -> None:
-        self.swarm_key = swarm_key
-        self.servers: list[Server] = []
-        self._loop = new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="swarm")
-        self._thread.start()
-        self._bootstrap = self.run(Directory.start(Identity.ephemeral(), "127.0.0.1", swarm_key=swarm_key))
-        self.initial_peers = [str(Address("127.0.0.1", self._bootstrap.port))]
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run something in the servers' loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
-
-    def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Start something in the servers' loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def add(self, model: Path, start: int, end: int, **settings: Any) -> Server:
-        """Start a server of blocks ``start:end`` that computes in float32 with one thread."""
-        settings = {"cache_tokens": 16_384, "num_threads": 1, **settings}
-        config = ServerConfig(
-            model=str(model),
-            blocks=(start, end),
-            host="127.0.0.1",
-            port=0,
-            identity=Identity.ephemeral(),
-            swarm_key=self.swarm_key,
-            initial_peers=tuple(map(Address.parse, self.initial_peers)),
-            **settings,
-        )
-        server = self.run(Server.start(config))
-        self.servers.append(server)
-        return server
-
-    def remove(self, server: Server) -> None:
-        """Stop a server at once."""
-        self.servers.remove(server)
-        self.run(server.stop(drain_timeout_s=0.0))
-
-    @property
-    def num_sessions(self) -> int:
-        """Sessions that are open on all servers together."""
-        return sum(server.num_sessions for server in self.servers)
-
-    def wait_for_sessions(self, count: int) -> None:
-        """Wait until so many sessions are open; closing one is told to the servers without waiting for them."""
-
-        async def wait() -> None:
-            async with asyncio.timeout(10):
-                while self.num_sessions != count:  # noqa: ASYNC110  # servers have no event for it
-                    await asyncio.sleep(0)
-
-        self.run(wait())
-
-    def close(self) -> None:
-        for server in list(self.servers):
-            self.remove(server)
-        self.run(self._bootstrap.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
+from petals_server.testing import InProcessSwarm
 
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 

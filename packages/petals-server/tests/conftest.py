@@ -20,6 +20,12 @@ def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("bloom"), "bloom", num_blocks=4)
 
 
+@pytest.fixture(scope="session")
+def bamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bamba: three blocks with a recurrent state and one with attention."""
+    return make_checkpoint(tmp_path_factory.mktemp("bamba"), "bamba", num_blocks=4, attn_layer_indices=[1])
+
+
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and remembered hashes of tests do not mix with the user's."""

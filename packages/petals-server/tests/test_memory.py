@@ -28,9 +28,19 @@ def test_free_memory_leaves_headroom() -> None:
 def test_the_size_of_a_token_is_measured(checkpoint: Path) -> None:
     span = load_span(Checkpoint.open(checkpoint), 0, 4)
     # Keys and values of 2 heads of 16 in float32, in 4 blocks.
-    assert memory.measure_cache_token_bytes(span) == 2 * 2 * 16 * 4 * 4
+    assert memory.measure_cache_cost(span) == memory.CacheCost(token_bytes=2 * 2 * 16 * 4 * 4, state_tokens=0)
     assert memory.choose_cache_tokens(1024, 1 << 20) == 512
     assert memory.choose_cache_tokens(1 << 30, 1 << 20) == 1
+
+
+def test_recurrent_states_are_counted_as_tokens(bamba: Path) -> None:
+    span = load_span(Checkpoint.open(bamba), 0, 4)
+    # One block with keys and values; inputs of width 64. Three with a state [4, 32, 8] and a convolution's [144, 4].
+    token_bytes = 2 * 2 * 16 * 4 + 64 * 4
+    state_bytes = 2 * 3 * (4 * 32 * 8 + 144 * 4) * 4
+    assert memory.measure_cache_cost(span) == memory.CacheCost(
+        token_bytes=token_bytes, state_tokens=-(-state_bytes // token_bytes)
+    )
 
 
 def test_models_without_fused_attention_take_memory_per_pair_and_head(checkpoint: Path, bloom: Path) -> None:

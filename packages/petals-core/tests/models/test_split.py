@@ -15,9 +15,11 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     MambaConfig,
+    MiniMaxConfig,
     Qwen3NextConfig,
     T5Config,
     ViTConfig,
+    Zamba2Config,
 )
 
 from petals_core.errors import (
@@ -46,7 +48,7 @@ CUTS = [(0, 1), (1, 4), (4, 6)]
 class Chain(nn.Module):
     """What stands for the blocks in the client's half: here, spans in this process."""
 
-    attention_type = "full_attention"
+    attention_type = block_type = "full_attention"
 
     def __init__(self, *, spans: list[Span], returns_tuples: bool) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Chain(nn.Module):
     def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> Any:
         for span in self.spans:
             hidden = span(hidden, attention_mask=self.attention_mask)
-        return (hidden,) if self.returns_tuples else hidden
+        return (hidden, None) if self.returns_tuples else hidden
 
 
 @pytest.fixture(scope="session")
@@ -128,12 +130,16 @@ def test_step_by_step_with_a_cache_that_is_cut_back_equals_one_forward(family: s
         expected = span(hidden, attention_mask=mask)
         cache = span.new_cache()
         parts = [span(hidden[:, :5], attention_mask=mask[:, :5], cache=cache)]
+        states = span.copy_states(cache)
+        assert any(state is not None for state in states) == span.is_recurrent
         span(hidden[:, 7:12], attention_mask=mask[:, :10], cache=cache)  # rejected drafts
         span.crop(cache, 5)
+        span.put_states(cache, states)
         parts += [span(hidden[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=cache) for i in range(5, 12)]
         assert cache.get_seq_length() == 12
         result = torch.cat(parts, dim=1)
         span.crop(cache, 0)
+        span.put_states(cache, [])
         again = span(hidden, attention_mask=mask, cache=cache)
     for other in (result, again):
         assert ((other - expected) * mask[:, :, None]).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
@@ -331,10 +337,29 @@ def test_a_config_that_does_not_fit(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MambaConfig(num_hidden_layers=2, hidden_size=32), "recurrent state"),
+        (MambaConfig(num_hidden_layers=2, hidden_size=32), "a cache of its own kind"),
         (T5Config(num_layers=2), "encoder-decoder"),
-        (Qwen3NextConfig(num_hidden_layers=4, hidden_size=32), "cut back"),
-        (ViTConfig(num_hidden_layers=2, hidden_size=32), "can't be split"),
+        (
+            Zamba2Config(
+                num_hidden_layers=2,
+                hidden_size=32,
+                layers_block_type=["linear_attention", "hybrid"],
+                num_attention_heads=2,
+                mamba_ngroups=1,
+                n_mamba_heads=4,
+                mamba_headdim=16,
+            ),
+            "read the embeddings again",
+        ),
+        (
+            Qwen3NextConfig(num_hidden_layers=2, layer_types=["indexed_attention", "full_attention"]),
+            "indexed_attention",
+        ),
+        (ViTConfig(num_hidden_layers=2, hidden_size=32), "can't be served"),
+        (
+            MiniMaxConfig(num_hidden_layers=2, hidden_size=32, layer_types=["linear_attention", "full_attention"]),
+            "uses cache of its own",
+        ),
     ],
 )
 def test_what_can_not_be_split_is_refused_in_one_line(config: Any, message: str) -> None:

@@ -8,8 +8,9 @@ all. Each row's new tokens stand at the right end of the N columns; what lies le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,19 +94,22 @@ class Chunk:
         return min(self.row_tokens) == max(self.row_tokens)
 
 
-def split_columns(row_tokens: Sequence[int], max_tokens: int) -> list[Chunk]:
+def split_columns(row_tokens: Sequence[int], max_tokens: int, *, is_whole: bool = False) -> list[Chunk]:
     """Cut a step into chunks of at most ``max_tokens`` tokens, pads included (at least one column each), left to right.
 
-    Computed one after another with a cache they amount to the step computed at once.
+    Computed one after another with a cache they amount to the step computed at once. Where ``is_whole``, each row of a
+    chunk has a token in all of its columns or in none.
     """
     num_columns = max(row_tokens)
     width = max(1, max_tokens // len(row_tokens))
     offsets = _offsets(row_tokens)
-    if 0 < num_columns <= width:
+    if 0 < num_columns <= width and not is_whole:
         return [Chunk(row_tokens=tuple(row_tokens), row_starts=tuple(offsets))]
+    edges = sorted(
+        {num_columns - count for count in row_tokens if count} | {num_columns} if is_whole else {0, num_columns}
+    )
     chunks = []
-    for left in range(0, num_columns, width):
-        right = min(left + width, num_columns)
+    for left, right in _pieces(edges, width):
         counts, starts = [], []
         for count, offset in zip(row_tokens, offsets, strict=True):
             pads = num_columns - count
@@ -115,11 +119,17 @@ def split_columns(row_tokens: Sequence[int], max_tokens: int) -> list[Chunk]:
     return chunks
 
 
-def split_rows(row_tokens: Sequence[int], max_tokens: int) -> list[Chunk]:
+def _pieces(edges: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
+    for first, last in pairwise(edges):
+        for left in range(first, last, width):
+            yield left, min(left + width, last)
+
+
+def split_rows(row_tokens: Sequence[int], max_tokens: int, *, is_whole: bool = False) -> list[Chunk]:
     """Cut a request without a cache into chunks of whole, neighbouring rows.
 
     A chunk has at most ``max_tokens`` tokens, pads included, unless a single row has more. Rows without tokens are left
-    out.
+    out. Where ``is_whole``, the rows of a chunk are equally long.
     """
     offsets = _offsets(row_tokens)
     chunks: list[Chunk] = []
@@ -131,6 +141,8 @@ def split_rows(row_tokens: Sequence[int], max_tokens: int) -> list[Chunk]:
         end = first + 1
         longest = row_tokens[first]
         while end < len(row_tokens) and row_tokens[end] > 0:
+            if is_whole and row_tokens[end] != longest:
+                break
             longest = max(longest, row_tokens[end])
             if longest * (end + 1 - first) > max_tokens:
                 break

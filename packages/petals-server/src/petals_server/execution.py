@@ -7,6 +7,7 @@ Letters: R rows, T tokens of all rows together, N columns of a chunk, C columns 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -27,6 +28,7 @@ from petals_server.columns import (
     spread,
 )
 from petals_server.engine import Work
+from petals_server.recurrence import Input, RecurrentPast, States
 from petals_server.scheduling import MAX_DECODE_COLUMNS, Urgency
 from petals_server.threads import ThreadPlan
 
@@ -50,29 +52,97 @@ class EncodedStates:
 
 
 class SessionState:
-    """A session's attention cache and its ledger. Only the device's thread touches them while a step is under way."""
+    """A session's cache and its ledger. Only the device's thread touches them while a step is under way."""
 
     def __init__(self, span: Span, *, num_rows: int, max_length: int) -> None:
         self.span = span
         self.max_length = max_length
         self.ledger = ColumnLedger(num_rows)
         self.cache: Any = span.new_cache()
+        self.past = RecurrentPast() if span.is_recurrent else None
+        """What it takes to go back where a block's state can't be cut; None where all can."""
         self.is_broken = False
         """A step failed half-way: what the cache holds is unknown, and the session has to end."""
 
-    def crop(self, num_columns: int) -> None:
-        """Forget all columns but the first ``num_columns``."""
-        if num_columns < self.ledger.num_columns:
-            self.ledger.crop(num_columns)
-            self.span.crop(self.cache, num_columns)
+    def crop(self, num_columns: int) -> bool:
+        """Forget all columns but the first ``num_columns``, or even more: then what is missing has to be recomputed.
+
+        Returns:
+            Whether that is so; :meth:`missing` says what.
+        """
+        if num_columns >= self.ledger.num_columns:
+            return False
+        states: States = []
+        kept = num_columns
+        if self.past is not None:
+            kept, states = self.past.go_back(num_columns)
+        self.ledger.crop(kept)
+        self.span.crop(self.cache, kept)
+        if self.past is not None:
+            self.span.put_states(self.cache, states)
+        return kept < num_columns
+
+    def missing(self, max_tokens: int) -> list[Input]:
+        """What has to be computed again behind :meth:`crop`, in pieces of ``max_tokens`` tokens."""
+        assert self.past is not None
+        return self.past.take_inputs(self.ledger.num_columns, max_tokens)
 
     def reorder(self, order: Sequence[int]) -> None:
         """Let row i be what row ``order[i]`` was."""
         if list(order) == list(range(len(order))):
             return
         self.ledger.reorder(order)
+        if self.past is not None:
+            self.past.reorder(order)
         if self.ledger.num_columns:
             self.cache.reorder_cache(torch.tensor(order))
+
+    def prepare_step(self, num_new: int) -> None:
+        """Get ready to take back the next ``num_new`` columns."""
+        num_columns = self.ledger.num_columns
+        if self.past is not None and self.past.wants_copy(num_columns, num_new):
+            self.past.keep_copy(num_columns, self.span.copy_states(self.cache))
+
+    def compute(
+        self, hidden_RNH: torch.Tensor, row_tokens: tuple[int, ...], positions_RN: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Append columns and return what comes out of the span; ``positions_RN`` None: rows go on from their length."""
+        ledger = self.ledger
+        if self.past is not None:
+            self.past.append(
+                Input(start=ledger.num_columns, hidden_RNH=hidden_RNH, row_tokens=row_tokens, positions_RN=positions_RN)
+            )
+        idle = [row for row, count in enumerate(row_tokens) if count == 0]
+        rows_of_pads = torch.tensor(idle, device=hidden_RNH.device) if idle and self.past is not None else None
+        states = None if rows_of_pads is None else self.span.copy_states(self.cache, rows_of_pads)
+        row_lengths = ledger.row_lengths
+        ledger.append(row_tokens)
+        has_mask = ledger.has_pads or positions_RN is not None
+        if has_mask and positions_RN is None:
+            positions_RN = default_positions(row_tokens, row_lengths).to(hidden_RNH.device)
+        output_RNH = self.span(
+            hidden_RNH,
+            attention_mask=as_mask(ledger.valid(), hidden_RNH.device) if has_mask else None,
+            position_ids=positions_RN,
+            cache=self.cache,
+        )
+        if states is not None:  # A pad is no token: it leaves a recurrent state as it was.
+            self.span.put_states(self.cache, states, rows_of_pads)
+        return output_RNH
+
+
+def default_positions(row_tokens: Sequence[int], row_lengths: Sequence[int]) -> torch.Tensor:
+    """Position ids [R, N] of tokens behind ``row_lengths`` cached ones; those of pads are 0."""
+    num_columns = max(row_tokens)
+    positions_RN = np.zeros((len(row_tokens), num_columns), dtype=np.int64)
+    for row, (length, count) in enumerate(zip(row_lengths, row_tokens, strict=True)):
+        positions_RN[row, num_columns - count :] = np.arange(length, length + count)
+    return torch.from_numpy(positions_RN)
+
+
+def as_mask(valid_RC: NDArray[np.bool_], device: torch.device) -> torch.Tensor:
+    """A 2D attention mask as a span takes it, int64 [R, C]."""
+    return torch.from_numpy(valid_RC).to(device=device, dtype=torch.int64)
 
 
 class _StatesWork(Work[EncodedStates]):
@@ -117,19 +187,14 @@ class _StatesWork(Work[EncodedStates]):
         for row, (start, count) in enumerate(zip(chunk.row_starts, chunk.row_tokens, strict=True)):
             self.output_TH[start : start + count] = hidden_RNH[row, chunk.num_columns - count :]
 
-    def chunk_positions(self, chunk: Chunk, row_lengths: Sequence[int]) -> torch.Tensor:
-        """Position ids [R, N] of the chunk's tokens behind ``row_lengths`` cached ones; those of pads are 0."""
+    def chunk_positions(self, chunk: Chunk) -> torch.Tensor | None:
+        """The client's position ids [R, N] of the chunk's tokens, 0 at pads; None if it gave none."""
+        if self.positions_T is None:
+            return None
         positions_RN = np.zeros((len(chunk.row_tokens), chunk.num_columns), dtype=np.int64)
         for row, (start, count) in enumerate(zip(chunk.row_starts, chunk.row_tokens, strict=True)):
-            if self.positions_T is None:
-                positions_RN[row, chunk.num_columns - count :] = np.arange(row_lengths[row], row_lengths[row] + count)
-            else:
-                positions_RN[row, chunk.num_columns - count :] = self.positions_T[start : start + count]
+            positions_RN[row, chunk.num_columns - count :] = self.positions_T[start : start + count]
         return torch.from_numpy(positions_RN).to(self.span.device)
-
-    def mask(self, valid_RC: NDArray[np.bool_]) -> torch.Tensor:
-        """A 2D attention mask as the span takes it, int64 [R, C]."""
-        return torch.from_numpy(valid_RC).to(device=self.span.device, dtype=torch.int64)
 
     def result(self) -> EncodedStates:
         states = self.states
@@ -161,25 +226,29 @@ class StepWork(_StatesWork):
         self.session = session
         self._keep = keep
         self._row_order = row_order
-        self._chunks = split_columns(states.row_tokens, max_turn_tokens)
-        self._next = 0
+        self._max_turn_tokens = max_turn_tokens
+        self._todo: deque[Chunk | Input] = deque(
+            split_columns(states.row_tokens, max_turn_tokens, is_whole=session.past is not None)
+        )
+        self._is_begun = False
+        self._is_prepared = False
 
     @torch.inference_mode()
     def advance(self) -> bool:
         self.threads.apply(self.urgency)
         session = self.session
-        if self._next == 0:
+        if not self._is_begun:
+            self._is_begun = True
             self.decode_input()
             session.is_broken = True  # Until the step is complete.
-            session.crop(self._keep)
+            has_gap = session.crop(self._keep)
             if self._row_order is not None:
                 session.reorder(self._row_order)
-            if self._is_consecutive():
-                self.positions_T = None
-        if self._next < len(self._chunks):
-            self._compute(self._chunks[self._next])
-            self._next += 1
-        if self._next < len(self._chunks):
+            if has_gap:
+                self._todo.extendleft(reversed(session.missing(self._max_turn_tokens)))
+        if self._todo:
+            self._compute(self._todo.popleft())
+        if self._todo:
             return False
         session.is_broken = False
         return True
@@ -192,18 +261,17 @@ class StepWork(_StatesWork):
             for row, length, count in zip(runs, self.session.ledger.row_lengths, self.states.row_tokens, strict=True)
         )
 
-    def _compute(self, chunk: Chunk) -> None:
-        session, ledger = self.session, self.session.ledger
-        row_lengths = ledger.row_lengths
-        ledger.append(chunk.row_tokens)
-        needs_positions = ledger.has_pads or self.positions_T is not None
-        hidden_RNH = session.span(
-            self.take(chunk),
-            attention_mask=self.mask(ledger.valid()) if needs_positions else None,
-            position_ids=self.chunk_positions(chunk, row_lengths) if needs_positions else None,
-            cache=session.cache,
-        )
-        self.put(chunk, hidden_RNH)
+    def _compute(self, todo: Chunk | Input) -> None:
+        session = self.session
+        if isinstance(todo, Input):
+            session.compute(todo.hidden_RNH, todo.row_tokens, todo.positions_RN)
+            return
+        if not self._is_prepared:
+            self._is_prepared = True
+            session.prepare_step(max(self.states.row_tokens))
+            if self._is_consecutive():
+                self.positions_T = None
+        self.put(todo, session.compute(self.take(todo), todo.row_tokens, self.chunk_positions(todo)))
 
 
 @final
@@ -214,7 +282,7 @@ class ForwardWork(_StatesWork):
         self, span: Span, threads: ThreadPlan, states: PackedStates, *, deadline_s: float, max_turn_tokens: int
     ) -> None:
         super().__init__(span, threads, states, urgency=Urgency.BULK, deadline_s=deadline_s)
-        self._chunks = split_rows(states.row_tokens, max_turn_tokens)
+        self._chunks = split_rows(states.row_tokens, max_turn_tokens, is_whole=span.is_recurrent)
         self._next = 0
 
     @torch.inference_mode()
@@ -226,11 +294,14 @@ class ForwardWork(_StatesWork):
             chunk = self._chunks[self._next]
             # A mask is given with positions even where it masks nothing: without one, Transformers reads positions
             # that start anew as several sequences packed into a row.
-            needs_positions = self.positions_T is not None or not chunk.is_rectangular
+            has_mask = self.positions_T is not None or not chunk.is_rectangular
+            positions_RN = self.chunk_positions(chunk)
+            if has_mask and positions_RN is None:
+                positions_RN = default_positions(chunk.row_tokens, [0] * len(chunk.row_tokens)).to(self.span.device)
             hidden_RNH = self.span(
                 self.take(chunk),
-                attention_mask=self.mask(spread(chunk.row_tokens)) if needs_positions else None,
-                position_ids=self.chunk_positions(chunk, [0] * len(chunk.row_tokens)) if needs_positions else None,
+                attention_mask=as_mask(spread(chunk.row_tokens), self.span.device) if has_mask else None,
+                position_ids=positions_RN,
                 cache=None,
             )
             self.put(chunk, hidden_RNH)

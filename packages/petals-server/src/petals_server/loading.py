@@ -51,6 +51,8 @@ class ServedModel:
     torch_dtype: str
     cache_tokens: int
     """Tokens that the attention caches of all sessions may hold together."""
+    state_tokens: int
+    """What a row takes of these beside its own tokens, for recurrent states."""
     threads: threads.ThreadPlan
     max_turn_tokens: int
     """Tokens, pads included, that are computed in one go."""
@@ -105,7 +107,8 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
     )
     plan = threads.measure(span, num_threads=config.num_threads)
     free = memory.free_bytes(opened.device)
-    cache_tokens = config.cache_tokens or memory.choose_cache_tokens(memory.measure_cache_token_bytes(span), free)
+    cache_cost = memory.measure_cache_cost(span)
+    cache_tokens = config.cache_tokens or memory.choose_cache_tokens(cache_cost.token_bytes, free)
     return ServedModel(
         name=opened.checkpoint.name,
         fingerprint=opened.fingerprint,
@@ -113,6 +116,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         span=span,
         torch_dtype=str(opened.dtype).removeprefix("torch."),
         cache_tokens=cache_tokens,
+        state_tokens=cache_cost.state_tokens,
         threads=plan,
         max_scores=memory.choose_max_scores(span, free),
         max_turn_tokens=_MAX_TURN_TOKENS.get(opened.device.type, _MAX_TURN_TOKENS_ELSEWHERE),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -66,12 +68,22 @@ def check_fits(num_blocks: int, block_bytes: int, free: int) -> None:
         )
 
 
-@torch.inference_mode()
-def measure_cache_token_bytes(span: Span) -> int:
-    """Attention cache of one token in all blocks of the span, measured by computing one."""
-    cache = span.new_cache()
-    span(torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device), cache=cache)
-    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)  # type: ignore[union-attr,misc]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheCost:
+    """Memory that a session takes in all blocks of a span."""
+
+    token_bytes: int
+    """For each of a row's tokens."""
+    state_tokens: int
+    """What a row takes beside its tokens, in units of these: recurrent states and a copy of them."""
+
+
+def measure_cache_cost(span: Span) -> CacheCost:
+    """Measure what sessions will take, by computing one token."""
+    token_bytes, state_bytes = span.measure_cache_bytes()
+    if span.is_recurrent:  # a session also keeps what went into the span, to go back
+        token_bytes += span.hidden_size * span.dtype.itemsize
+    return CacheCost(token_bytes=token_bytes, state_tokens=math.ceil(2 * state_bytes / max(1, token_bytes)))
 
 
 def choose_max_scores(span: Span, free: int) -> int:

@@ -159,7 +159,9 @@ class Server:
         self._requests = RequestHandler(
             model=model,
             engine=self._engine,
-            sessions=SessionTable(cache_tokens=model.cache_tokens, limits=config.limits),
+            sessions=SessionTable(
+                cache_tokens=model.cache_tokens, limits=config.limits, state_tokens=model.state_tokens
+            ),
             limits=config.limits,
             facts=ServerFacts(version=VERSION, public_name=config.public_name),
         )

@@ -16,14 +16,16 @@ class Reservation:
 
     peer_id: PeerId
     num_tokens: int
-    """Cache tokens set aside: rows times ``max_length``."""
+    """Cache tokens set aside: for each row ``max_length``, and what its recurrent state takes."""
 
 
 class SessionTable:
     """The open sessions and the budget of cache tokens that they share."""
 
-    def __init__(self, *, cache_tokens: int, limits: ServerLimits) -> None:
+    def __init__(self, *, cache_tokens: int, limits: ServerLimits, state_tokens: int = 0) -> None:
+        """``state_tokens``: what a row takes beside its tokens, in units of these."""
         self.cache_tokens = cache_tokens
+        self._state_tokens = state_tokens
         self.cache_tokens_left = cache_tokens
         self._limits = limits
         self._open: set[Reservation] = set()
@@ -38,7 +40,7 @@ class SessionTable:
         Raises:
             OverloadedError: there is no room now.
         """
-        reservation = Reservation(peer_id=peer_id, num_tokens=num_rows * max_length)
+        reservation = Reservation(peer_id=peer_id, num_tokens=num_rows * (max_length + self._state_tokens))
         retry_after_s = self._limits.retry_after_s
         if self._per_peer[peer_id] >= self._limits.max_sessions_per_peer:
             raise OverloadedError(

@@ -1,21 +1,26 @@
-"""A client as small as can be, to say to a server whatever a test wants to say."""
+"""For tests: a client as small as can be, to say to a server whatever is wanted, and a swarm within this process."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from petals_core.addresses import Address
 from petals_core.identity import Identity
 from petals_core.net.dialer import Dialer, PeerConnection
+from petals_core.net.loop import new_event_loop
 from petals_core.net.rpc import call
 from petals_core.net.stream import Stream
+from petals_core.swarm_key import SwarmKey
 from petals_core.tensors.codec import Encoding, TensorSpec, decode, encode
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
@@ -29,10 +34,12 @@ from petals_core.wire.messages import (
     Step,
     StepResult,
 )
+from petals_dht.directory import Directory
 from petals_server.config import ServerConfig
 from petals_server.server import Server
 
 TIMEOUT_S = 30.0
+T = TypeVar("T")
 
 
 def config_for(model: Path, /, **changes: Any) -> ServerConfig:
@@ -158,3 +165,73 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(TIMEOUT_S):
         while not condition():  # noqa: ASYNC110 -- anything may be waited for
             await asyncio.sleep(0.002)
+
+
+class InProcessSwarm:
+    """A bootstrap node and servers in an event loop of their own thread. Everything ends with ``close``."""
+
+    def __init__(self, *, swarm_key: SwarmKey | None = None) -> None:
+        self.swarm_key = swarm_key
+        self.servers: list[Server] = []
+        self._loop = new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="swarm")
+        self._thread.start()
+        self._bootstrap = self.run(Directory.start(Identity.ephemeral(), "127.0.0.1", swarm_key=swarm_key))
+        self.initial_peers = [str(Address("127.0.0.1", self._bootstrap.port))]
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run something in the servers' loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start something in the servers' loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def add(self, model: Path, start: int, end: int, **settings: Any) -> Server:
+        """Start a server of blocks ``start:end`` that computes in float32 with one thread."""
+        settings = {"cache_tokens": 16_384, "num_threads": 1, **settings}
+        config = ServerConfig(
+            model=str(model),
+            blocks=(start, end),
+            host="127.0.0.1",
+            port=0,
+            identity=Identity.ephemeral(),
+            swarm_key=self.swarm_key,
+            initial_peers=tuple(map(Address.parse, self.initial_peers)),
+            **settings,
+        )
+        server = self.run(Server.start(config))
+        self.servers.append(server)
+        return server
+
+    def remove(self, server: Server) -> None:
+        """Stop a server at once."""
+        self.servers.remove(server)
+        self.run(server.stop(drain_timeout_s=0.0))
+
+    async def _stop_all(self) -> None:
+        servers, self.servers = self.servers, []
+        await asyncio.gather(*(server.stop(drain_timeout_s=0.0) for server in servers))
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that are open on all servers together."""
+        return sum(server.num_sessions for server in self.servers)
+
+    def wait_for_sessions(self, count: int) -> None:
+        """Wait until so many sessions are open; closing one is told to the servers without waiting for them."""
+
+        async def wait() -> None:
+            async with asyncio.timeout(10):
+                while self.num_sessions != count:  # noqa: ASYNC110  # servers have no event for it
+                    await asyncio.sleep(0)
+
+        self.run(wait())
+
+    def close(self) -> None:
+        # Together, because each says goodbye to the others, and would wait for those that are gone.
+        self.run(self._stop_all())
+        self.run(self._bootstrap.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

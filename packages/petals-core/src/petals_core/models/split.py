@@ -42,7 +42,11 @@ class Architecture:
     block_parameters: tuple[int, ...]
     """Number of elements in each block's weights, which tells its size before anything is downloaded."""
     blocks_return_tuples: bool
-    """Whether the base model takes element 0 of what a block returns (bloom, falcon, mpt) or all of it."""
+    """Whether the base model takes element 0 of what a block returns (bloom, falcon, mpt, bamba) or all of it."""
+    multipliers: tuple[str, ...]
+    """Attributes of the base model by which it multiplies hidden states before the first block (granite)."""
+    is_recurrent: bool
+    """Whether some blocks keep a state of fixed size, which can't be cut back to fewer tokens."""
     has_attention_interface: bool
     """Whether attention goes through Transformers' ``AttentionInterface`` and can be replaced."""
 
@@ -73,6 +77,7 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
     base_class = internals.base_class_of(config)
     internals.check_config(config, base_class)
     num_blocks = block_count(config)
+    is_recurrent = internals.is_recurrent(config)
     # The constructors write into their config, and a model is built in the dtype that its config names.
     config = copy.deepcopy(config)
     model = internals.build_on_meta(base_class, config)
@@ -82,6 +87,7 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
     block_class = type(blocks[0])
     block_parameters = tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks)
     internals.neutralize(model, block_path)
+    surroundings = internals.find_surroundings(model, block_path, int(config.hidden_size))
     return Architecture(
         base_class=base_class,
         block_class=block_class,
@@ -89,7 +95,9 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
         num_blocks=num_blocks,
         hidden_size=int(config.hidden_size),
         block_parameters=block_parameters,
-        blocks_return_tuples=internals.blocks_return_tuples(model, block_path, int(config.hidden_size)),
+        blocks_return_tuples=surroundings.blocks_return_tuples,
+        multipliers=surroundings.multipliers,
+        is_recurrent=is_recurrent,
         has_attention_interface=bool(getattr(base_class, "_supports_attention_backend", False)),
     )
 
@@ -156,6 +164,8 @@ class Span:
         self.start = start
         self.end = end
         self.dtype = dtype
+        self._continues_by_tokens = model.config.model_type in internals.CONTINUED_BY_TOKENS
+        self._takes_positions = internals.takes_position_ids(type(model).forward)
 
     @property
     def num_blocks(self) -> int:
@@ -173,6 +183,11 @@ class Span:
     @property
     def hidden_size(self) -> int:
         return self.architecture.hidden_size
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a block of this span keeps a state that :meth:`crop` can't cut back."""
+        return internals.is_recurrent(self.config)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -206,6 +221,30 @@ class Span:
         Returns:
             Hidden states of the same shape and dtype.
         """
+        num_tokens = hidden_BTH.shape[1]
+        if position_ids is None and cache is not None and self._takes_positions:
+            # Said always, because some models count from 0 in each call (bamba).
+            past = int(cache.get_seq_length())
+            position_ids = torch.arange(past, past + num_tokens, device=hidden_BTH.device)[None]
+        if cache is None or num_tokens == 1 or not self._continues_by_tokens or not cache.get_seq_length():
+            return self._run(hidden_BTH, attention_mask, position_ids, cache, **kwargs)
+        parts = []
+        for column, token in enumerate(hidden_BTH.split(1, dim=1)):
+            mask = attention_mask
+            if mask is not None:
+                mask = mask[:, : mask.shape[1] - num_tokens + column + 1]
+            positions = None if position_ids is None else position_ids[:, column : column + 1]
+            parts.append(self._run(token, mask, positions, cache, **kwargs))
+        return torch.cat(parts, dim=1)
+
+    def _run(
+        self,
+        hidden_BTH: torch.Tensor,  # noqa: N803
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        **kwargs: object,
+    ) -> torch.Tensor:
         output = self.model(
             inputs_embeds=hidden_BTH,
             attention_mask=attention_mask,
@@ -215,6 +254,8 @@ class Span:
             return_dict=True,
             **kwargs,
         )
+        if cache is not None:
+            internals.note_tokens(cache, hidden_BTH.shape[1])
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
@@ -235,15 +276,33 @@ class Span:
 
     def new_cache(self) -> Cache:
         """An empty attention cache for this span, which keeps all tokens even where the model has windows."""
-        return internals.new_cache()
+        return internals.new_cache(self.config)
 
     def crop(self, cache: Cache, num_tokens: int) -> None:
         """Forget all but the first ``num_tokens`` tokens of a cache.
+
+        Recurrent states do not change by it: their user puts back older ones that it copied, and computes again what
+        came behind them.
 
         Raises:
             InvalidRequestError: the cache has fewer.
         """
         internals.crop_cache(cache, num_tokens)
+
+    def copy_states(self, cache: Cache, rows: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+        """Copies of a cache's recurrent states, of ``rows`` (int64) or of all; None for what is still zero."""
+        return internals.copy_states(cache, rows)
+
+    def put_states(self, cache: Cache, copies: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:
+        """Put copies of recurrent states back in the place of those that the cache has now."""
+        internals.put_states(cache, copies, rows)
+
+    @torch.inference_mode()
+    def measure_cache_bytes(self) -> tuple[int, int]:
+        """Memory of one token in a cache, and of what each row takes beside its tokens, measured by computing one."""
+        cache = self.new_cache()
+        self(torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device), cache=cache)
+        return internals.cache_bytes(cache)
 
 
 def load_span(
@@ -285,7 +344,7 @@ def load_span(
     tensors = checkpoint.lazy(wanted, num_bytes=num_bytes)
 
     def cut(model: PreTrainedModel) -> None:
-        internals.cut(model, architecture.block_path, start, end)
+        internals.cut(model, architecture.block_path, architecture.multipliers, start, end)
         if quantization_config is None:
             internals.fuse_experts(model, tensors)
 
@@ -345,6 +404,7 @@ def load_client_half(
     tensors = checkpoint.lazy({name: name for name in names.outside})
 
     def remove_blocks(model: PreTrainedModel) -> None:
+        internals.mend_base_model(model, architecture.base_class)
         _set_blocks(model, architecture, nn.ModuleList())
         internals.drop_tied_twins(model, checkpoint, tensors)
 

@@ -7,11 +7,14 @@ Read against 5.17 and 5.23.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -24,8 +27,16 @@ if TYPE_CHECKING:
 
     from petals_core.models.checkpoint import Checkpoint, LazyTensor
 
-_ATTENTION_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Layers whose state is keys and values per token, so that a cache can be cut back to any length."""
+_ATTENTION_TYPES: Final = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Blocks whose state is keys and values per token, so that a cache can be cut back to any length."""
+_RECURRENT_TYPES: Final = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
+"""Blocks with a state of fixed size (of a convolution, of a recurrence), beside keys and values or alone."""
+_STATELESS_TYPES: Final = frozenset({"mlp", "moe"})
+
+CONTINUED_BY_TOKENS: Final[dict[str, str]] = {
+    "jamba": "its scan over several tokens begins with an empty state, whatever the cache holds",
+}
+"""Families that go on from a cache by single tokens only, and why. The first tokens of a cache go in together."""
 
 _loading: Final = threading.Lock()
 
@@ -50,10 +61,7 @@ def base_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def check_config(config: PreTrainedConfig, base_class: type[PreTrainedModel]) -> None:
-    """Refuse what can't be split: encoders beside the decoder, state that can't be cut back, per-layer extra inputs.
-
-    ``_is_stateful`` is how Transformers marks models (Mamba and the like) whose cache can't be cropped.
-    """
+    """Refuse what can't be split: encoders beside the decoder, state that is not in a ``Cache`` of known layers."""
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder and can't be split: choose a decoder-only model")
@@ -66,26 +74,46 @@ def check_config(config: PreTrainedConfig, base_class: type[PreTrainedModel]) ->
             f"this {name} checkpoint is stored quantized and can't be split: use the unquantized one "
             "(a server can quantize while it loads)"
         )
-    if getattr(base_class, "_is_stateful", False):
-        raise UnsupportedModelError(f"{name} keeps a recurrent state, which can't be cut back: choose another model")
-    others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
+    if "past_key_values" not in inspect.signature(base_class.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} keeps its state in a cache of its own kind and can't be served in sessions: choose another model"
+        )
+    types = layer_types(config)
+    others = types - _ATTENTION_TYPES - _RECURRENT_TYPES - _STATELESS_TYPES
     if others:
         raise UnsupportedModelError(
-            f"{name} has blocks of type {', '.join(sorted(others))}, whose state can't be cut back: "
+            f"{name} has blocks of type {', '.join(sorted(others))}, whose state is of an unknown kind: "
             "choose another model"
         )
+    if getattr(base_class, "_is_stateful", False) and not types & _RECURRENT_TYPES:
+        raise UnsupportedModelError(f"{name} keeps a recurrent state of an unknown kind: choose another model")
+
+
+def layer_types(config: PreTrainedConfig) -> frozenset[str]:
+    """The kinds of blocks that a config names; none where all are plain attention."""
+    return frozenset(getattr(config, "layer_types", None) or ())
+
+
+def is_recurrent(config: PreTrainedConfig) -> bool:
+    """Whether any block has a state that can't be cut back to fewer tokens."""
+    return not layer_types(config).isdisjoint(_RECURRENT_TYPES)
 
 
 def build_on_meta(base_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model without memory for its weights."""
-    with torch.device("meta"):
-        return base_class(config)
+    try:
+        with torch.device("meta"):
+            return base_class(config)
+    except Exception as error:  # constructors raise whatever comes of a config that they did not expect
+        raise UnsupportedModelError(
+            f"{config.model_type} can't be built from this config ({_first_line(error)}): compare it with the original"
+        ) from error
 
 
 def find_block_path(model: nn.Module, num_blocks: int, name: str) -> str:
     """Where the list of blocks is inside a base model: ``layers``, ``h``, ``decoder.layers``, ...
 
-    Relies on every decoder keeping its blocks in one ``ModuleList`` of ``num_hidden_layers`` modules of one class.
+    Relies on every decoder keeping its blocks in one ``ModuleList`` of ``num_hidden_layers`` modules.
     """
     paths = [
         path
@@ -162,7 +190,7 @@ def _stand_in(model: PreTrainedModel, name: str, module: nn.Module, tokens: nn.M
     )
 
 
-def cut(model: PreTrainedModel, block_path: str, start: int, end: int) -> None:
+def cut(model: PreTrainedModel, block_path: str, multipliers: Iterable[str], start: int, end: int) -> None:
     """Leave blocks ``start`` up to ``end``, numbered from 0, and nothing else that changes hidden states.
 
     The blocks are cut from the full list, so that what depends on a block's index in its constructor holds. Relies on
@@ -170,7 +198,14 @@ def cut(model: PreTrainedModel, block_path: str, start: int, end: int) -> None:
     per-layer lists from the one config object that all modules share.
     """
     neutralize(model, block_path)
+    for path in multipliers:
+        _set_multiplier(model, path)
     _keep_blocks(model, block_path, start, end)
+
+
+def _set_multiplier(model: nn.Module, path: str) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, 1.0)
 
 
 def narrow(model: PreTrainedModel, block_path: str, start: int, end: int) -> PreTrainedModel:
@@ -204,11 +239,44 @@ def _keep_blocks(model: PreTrainedModel, block_path: str, start: int, end: int) 
 
 
 def slice_config(config: PreTrainedConfig, num_blocks: int, start: int, end: int) -> None:
-    """Make a config's per-layer lists (``layer_types``, ``no_rope_layers``, ...) those of the span, in place."""
-    for key, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == num_blocks and "layer" in key:
-            setattr(config, key, value[start:end])
+    """Make a config's per-layer lists (``layer_types``, ``no_rope_layers``, ...) those of the span, in place.
+
+    Some families compute such a list from the number of a block (jamba: attention in every eighth). Their config gets a
+    class of its own, whose list is a value.
+    """
+    config_class = type(config)
+    own = {name: value for name, value in vars(config).items() if "layer" in name}
+    computed = {
+        name: getattr(config, name)
+        for name in dir(config_class)
+        if "layer" in name and isinstance(inspect.getattr_static(config_class, name), (property, list))
+    }
+    for name, value in own.items():
+        if isinstance(value, (list, tuple)) and len(value) == num_blocks:
+            setattr(config, name, value[start:end])
+    lists = {
+        name: list(value)[start:end]
+        for name, value in computed.items()
+        if isinstance(value, (list, tuple)) and len(value) == num_blocks and name not in own
+    }
+    if lists:
+        body = {**lists, "__module__": config_class.__module__, "__qualname__": config_class.__qualname__}
+        config.__class__ = type(config_class.__name__, (config_class,), body)
     config.num_hidden_layers = end - start
+
+
+def mend_base_model(model: PreTrainedModel, base_class: type[PreTrainedModel]) -> None:
+    """Make ``model.base_model`` the base model where the class's ``base_model_prefix`` names no attribute (llama4)."""
+    if not isinstance(model.base_model, base_class):
+        for name, child in model.named_children():
+            if isinstance(child, base_class):
+                model.base_model_prefix = name
+
+
+@functools.lru_cache(maxsize=64)
+def takes_position_ids(forward: Callable[..., Any]) -> bool:
+    """Whether a base model's blocks see positions at all. bloom and mpt have none: only distances count there."""
+    return "position_ids" in inspect.signature(forward).parameters
 
 
 def make_subclass(base: type[PreTrainedModel], after_init: Callable[[PreTrainedModel], None]) -> type[PreTrainedModel]:
@@ -227,29 +295,91 @@ def make_subclass(base: type[PreTrainedModel], after_init: Callable[[PreTrainedM
     return type(base.__name__, (base,), body)
 
 
-def blocks_return_tuples(model: PreTrainedModel, block_path: str, hidden_size: int) -> bool:
-    """Whether the base model takes element 0 of what a block returns, found out by running it without blocks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a base model does around its blocks, found out by running it without them."""
+
+    blocks_return_tuples: bool
+    """Whether it takes element 0 of what a block returns (bloom, falcon, mpt, bamba) or all of it."""
+    multipliers: tuple[str, ...]
+    """Attributes by which it multiplies hidden states on their way to the blocks, as the client's part has done."""
+
+
+class _Probe(nn.Module):
+    """Stands for a block, returns what comes in, and notes whether the embeddings come in a second time."""
+
+    attention_type = block_type = layer_type = "full_attention"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returns_tuple = False
+        self.sees_embeddings = False
+
+    def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
+        self.sees_embeddings |= any(
+            isinstance(other, torch.Tensor) and other.shape == hidden.shape and torch.equal(other, hidden)
+            for other in (*args, *kwargs.values())
+        )
+        return (hidden, None) if self.returns_tuple else hidden
+
+
+def find_surroundings(model: PreTrainedModel, block_path: str, hidden_size: int) -> Surroundings:
+    """Make sure that a base model without its blocks leaves hidden states as they are, or learn what keeps it from it.
 
     ``model`` is neutralized and on the meta device; its blocks are replaced. A block that returns a tensor of
     [2, 3, H] where a tuple is wanted makes the model end with the first row alone.
+
+    Raises:
+        UnsupportedModelError: it changes hidden states in an unknown way, or gives blocks more than hidden states.
     """
-
-    class Probe(nn.Module):
-        attention_type = "full_attention"
-
-        def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-            return hidden
-
+    name = model.config.model_type
+    probe = _Probe()
     parent_path, _, attribute = block_path.rpartition(".")
-    setattr(model.get_submodule(parent_path), attribute, nn.ModuleList([Probe()]))
-    config = model.config
-    num_blocks = config.num_hidden_layers
-    slice_config(config, num_blocks, 0, 1)
+    setattr(model.get_submodule(parent_path), attribute, nn.ModuleList([probe]))
+    slice_config(model.config, model.config.num_hidden_layers, 0, 1)
     model.to_empty(device="cpu")  # what is left are small buffers, whose values do not matter here
-    hidden = torch.zeros(2, 3, hidden_size)
-    with torch.inference_mode():
-        output = model(inputs_embeds=hidden, use_cache=False, return_dict=True)
-    return bool(output.last_hidden_state.shape != hidden.shape)
+    model.eval()
+    hidden = torch.linspace(-1.0, 2.0, 2 * 3 * hidden_size).view(2, 3, hidden_size)
+
+    def run() -> torch.Tensor:
+        try:
+            with torch.inference_mode():
+                output: torch.Tensor = model(
+                    inputs_embeds=hidden, past_key_values=new_cache(model.config), use_cache=True, return_dict=True
+                ).last_hidden_state
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{name} can't be split: it does not run without its blocks ({_first_line(error)})"
+            ) from error
+        return output
+
+    output = run()
+    if output.shape != hidden.shape:
+        probe.returns_tuple = True
+        output = run()
+    multipliers: tuple[str, ...] = ()
+    if output.shape == hidden.shape and not torch.equal(output, hidden):
+        multipliers = _find_multipliers(model, float((output / hidden).median()))
+        for path in multipliers:
+            _set_multiplier(model, path)
+        output = run()
+    if output.shape != hidden.shape or not torch.equal(output, hidden):
+        raise UnsupportedModelError(f"{name} can't be split: it changes hidden states outside of its blocks")
+    if probe.sees_embeddings:
+        raise UnsupportedModelError(
+            f"{name} can't be split: its blocks read the embeddings again, which only the client has"
+        )
+    return Surroundings(blocks_return_tuples=probe.returns_tuple, multipliers=multipliers)
+
+
+def _find_multipliers(model: nn.Module, factor: float) -> tuple[str, ...]:
+    """Attributes of the model's modules that have the value of a factor."""
+    return tuple(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and abs(value - factor) < 1e-5 * abs(factor)
+    )
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -429,25 +559,128 @@ def fuse_experts(model: PreTrainedModel, tensors: MutableMapping[str, LazyTensor
 # --- caches -----------------------------------------------------------------------------------------------------------
 
 
-def new_cache() -> Cache:
+def new_cache(config: PreTrainedConfig) -> Cache:
     """A cache that keeps every token of every block, whatever windows the model has; masks do the windows.
 
     Without a config ``DynamicCache`` makes plain layers. Its sliding layers forget what leaves the window, which could
-    not be cut back.
+    not be cut back. Blocks with a recurrent state get the layers that Transformers has for them.
     """
     from transformers import DynamicCache
 
-    return DynamicCache()
+    return _recurrent_cache_class()(config) if is_recurrent(config) else DynamicCache()
+
+
+@functools.cache
+def _recurrent_cache_class() -> Any:
+    """Made when it is first wanted, because importing ``Cache`` takes seconds."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionCacheLayerMixin,
+    )
+
+    class RecurrentCache(DynamicCache):
+        """A cache of which some layers hold states of fixed size, and that counts its tokens itself.
+
+        A span may have no layer with keys, and Transformers tells the length by these.
+        """
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config=config)
+            self.num_tokens = 0
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, DynamicSlidingWindowLayer):
+                    is_hybrid = isinstance(layer, LinearAttentionCacheLayerMixin)
+                    self.layers[index] = LinearAttentionAndFullAttentionLayer() if is_hybrid else DynamicLayer()
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return self.num_tokens
+
+        def get_query_offset(self, layer_idx: int = 0) -> int:
+            return self.num_tokens
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return self.num_tokens + query_length, 0
+
+    return RecurrentCache
+
+
+def note_tokens(cache: Cache, num_tokens: int) -> None:
+    """Tell a cache that the model has added tokens to it."""
+    if hasattr(cache, "num_tokens"):
+        cache.num_tokens += num_tokens
 
 
 def crop_cache(cache: Cache, num_tokens: int) -> None:
-    """Forget all but the first ``num_tokens`` tokens.
+    """Forget all but the first ``num_tokens`` tokens. Recurrent states stay as they are: those are for ``put_states``.
 
     ``crop`` took the length to keep, and takes the negative number of tokens to remove; the latter works everywhere.
     ``reset`` is no way to keep none: in 5.17 it zeroes what is cached instead of forgetting it.
     """
+    from transformers.cache_utils import DynamicLayer
+
     num_cached = int(cache.get_seq_length())
     if not 0 <= num_tokens <= num_cached:
         raise InvalidRequestError(f"{num_tokens} tokens can't be kept of a cache that has {num_cached}")
     if num_tokens < num_cached:
-        cache.crop(num_tokens - num_cached)
+        if not hasattr(cache, "num_tokens"):
+            cache.crop(num_tokens - num_cached)
+            return
+        for layer in cache.layers:
+            if isinstance(layer, DynamicLayer):
+                DynamicLayer.crop(layer, num_tokens - num_cached)
+        cache.num_tokens = num_tokens
+
+
+_STATES: Final = ("conv_states", "recurrent_states")
+"""Attributes of a cache's layer that hold a state of fixed size [R, ...]: a tensor, or a dict of several."""
+
+
+def _state_slots(cache: Cache) -> Iterator[tuple[dict[Any, Any], Any]]:
+    """Where the states of fixed size are: (dict, key)."""
+    for layer in cache.layers:
+        for name in _STATES:
+            value = getattr(layer, name, None)
+            if isinstance(value, dict):
+                yield from ((value, key) for key in value)
+            elif value is not None:
+                yield vars(layer), name
+
+
+def copy_states(cache: Cache, rows: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+    """Copies of all states of fixed size, of ``rows`` or of all; None where there is none yet, which means zeros."""
+    copies: list[torch.Tensor | None] = []
+    for owner, key in _state_slots(cache):
+        state: torch.Tensor | None = owner[key]
+        copies.append(None if state is None else state.clone() if rows is None else state.index_select(0, rows))
+    return copies
+
+
+def put_states(cache: Cache, copies: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:
+    """Put back what :func:`copy_states` gave. Zeros are how every recurrence begins."""
+    slots = list(_state_slots(cache))
+    padded = [*copies, *[None] * (len(slots) - len(copies))]
+    for (owner, key), copied in zip(slots, padded, strict=True):
+        state: torch.Tensor | None = owner[key]
+        if state is None:
+            continue
+        if rows is None:
+            state.copy_(torch.zeros((), dtype=state.dtype, device=state.device) if copied is None else copied)
+        elif copied is None:
+            state.index_fill_(0, rows, 0)
+        else:
+            state.index_copy_(0, rows, copied)
+
+
+def cache_bytes(cache: Cache) -> tuple[int, int]:
+    """Memory of a cache's keys and values, and of its states of fixed size."""
+    keys = sum(
+        int(tensor.nbytes)
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if tensor is not None
+    )
+    states = [owner[key] for owner, key in _state_slots(cache)]
+    return keys, sum(int(state.nbytes) for state in states if state is not None)

@@ -6,32 +6,138 @@ wander over the vocabulary, so that a test which compares tokens compares someth
 
 from __future__ import annotations
 
+import inspect
 import json
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-FAMILIES: Final = (
-    "llama",
-    "bloom",
-    "mixtral",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "gemma",
-    "gemma2",
-    "gpt2",
-    "opt",
-    "falcon",
-    "gpt_neox",
-    "phi3",
-    "olmo2",
-    "gptj",
-    "mpt",
-)
-"""What :func:`make_config` can make; all of them can be split."""
+_EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MAMBA: Final = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 4}
+_GRANITE: Final = {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 1.7,
+    "logits_scaling": 0.6,
+    "residual_multiplier": 0.8,
+}
+_UNTIED: Final = {"tie_word_embeddings": False}
+
+_SPECIAL: Final[dict[str, dict[str, Any]]] = {
+    "bamba": {"attn_layer_indices": [1, 4], **_MAMBA},
+    "bloom": {},
+    "cohere": {},
+    "deepseek_v3": {
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "n_group": 2,
+        "n_routed_experts": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "topk_group": 1,
+        "v_head_dim": 16,
+        **_EXPERTS,
+    },
+    "falcon": {"new_decoder_architecture": False, "multi_query": True},
+    "falcon_h1": {"embedding_multiplier": 1.7, "mamba_d_ssm": None, **_MAMBA},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 6},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 6, "sliding_window_pattern": 3},
+    "glm4": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "gpt_oss": {"sliding_window": 6, **_LOCAL_EXPERTS},
+    "gptj": {"rotary_dim": 8},
+    "granite": _GRANITE,
+    "granitemoehybrid": {
+        "layer_types": ("linear_attention", "full_attention"),
+        "position_embedding_type": "rope",
+        "shared_intermediate_size": 64,
+        **_GRANITE,
+        **_LOCAL_EXPERTS,
+        **_MAMBA,
+    },
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 3,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 8,
+        "num_experts": 4,
+    },
+    "lfm2": {"layer_types": ("conv", "full_attention", "conv")},
+    "llama": _UNTIED,
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "floor_scale": 4,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 96,
+        "no_rope_layers": (1, 0, 1),
+        "num_local_experts": 4,
+    },
+    "mistral": {"sliding_window": 6},
+    "mixtral": _LOCAL_EXPERTS,
+    "mpt": {},
+    "nemotron_h": {
+        "chunk_size": 4,
+        "layers_block_type": ("mamba", "attention", "mlp"),
+        "mamba_head_dim": 16,
+        "mamba_num_heads": 4,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+    },
+    "olmo2": _UNTIED,
+    "olmo_hybrid": {
+        "layer_types": ("linear_attention", "linear_attention", "full_attention"),
+        "linear_key_head_dim": 8,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 8,
+    },
+    "opt": {},
+    "phi": {},
+    "phi3": _UNTIED,
+    "qwen2": _UNTIED,
+    "qwen3": _UNTIED,
+    "qwen3_moe": _EXPERTS,
+    "qwen3_5_text": {
+        "layer_types": ("linear_attention", "linear_attention", "full_attention"),
+        "linear_key_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 8,
+    },
+    "qwen3_next": {
+        "layer_types": ("linear_attention", "linear_attention", "full_attention"),
+        "linear_key_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 8,
+        "shared_expert_intermediate_size": 32,
+        **_EXPERTS,
+    },
+    "smollm3": {"no_rope_layers": (1, 1, 0), **_UNTIED},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 6},
+}
+"""What a family's config needs besides the sizes that all have: small, and with what is special about the family on.
+
+Windows and chunks are shorter than the prompts of tests, multipliers are not 1, and kinds of blocks do not alternate
+evenly, so that a span which took itself for another would show. Tuples are patterns, repeated for all blocks.
+"""
+
+_VARIANTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "falcon_alibi": ("falcon", {"alibi": True, "bias": True}),
+    "falcon_new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_new_alibi": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": True}),
+}
+"""Kinds of one family that compute differently enough to be tested apart."""
+
+FAMILIES: Final = (*_SPECIAL, *_VARIANTS)
+"""What :func:`make_config` can make."""
 
 VOCABULARY: Final = 320
 """256 bytes, three special tokens, and some that no text has."""
@@ -45,60 +151,31 @@ def make_config(family: str, *, num_blocks: int = 6, hidden_size: int = 64, **ov
     """
     if family not in FAMILIES:
         raise ValueError(f"there is no factory for {family}: use one of {', '.join(FAMILIES)}")
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
     num_heads = 4
-    shared: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if family == "bloom":
-        sizes: dict[str, Any] = {"n_layer": num_blocks, "hidden_size": hidden_size, "n_head": num_heads}
-    elif family == "gpt2":
-        sizes = {"n_layer": num_blocks, "n_embd": hidden_size, "n_head": num_heads, "n_positions": 512}
-    elif family == "gptj":
-        sizes = {"n_layer": num_blocks, "n_embd": hidden_size, "n_head": num_heads, "n_positions": 512, "rotary_dim": 8}
-    elif family == "mpt":
-        sizes = {"n_layers": num_blocks, "d_model": hidden_size, "n_heads": num_heads, "max_seq_len": 512}
-    else:
-        sizes = {
-            "num_hidden_layers": num_blocks,
-            "hidden_size": hidden_size,
-            "num_attention_heads": num_heads,
-            "max_position_embeddings": 512,
-        }
-    if family in ("llama", "mixtral", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "phi3", "olmo2"):
-        sizes |= {"num_key_value_heads": 2, "intermediate_size": 2 * hidden_size}
-    match family:
-        case "llama" | "olmo2" | "phi3" | "qwen2":
-            sizes |= {"tie_word_embeddings": False}
-        case "mistral":
-            sizes |= {"sliding_window": 6}
-        case "mixtral":
-            sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2}
-        case "qwen3":
-            sizes |= {"head_dim": hidden_size // num_heads, "tie_word_embeddings": False}
-        case "qwen3_moe":
-            sizes |= {
-                "head_dim": hidden_size // num_heads,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": hidden_size,
-            }
-        case "gemma":
-            sizes |= {"head_dim": hidden_size // num_heads}
-        case "gemma2":
-            sizes |= {
-                "head_dim": hidden_size // num_heads,
-                "query_pre_attn_scalar": hidden_size // num_heads,
-                "sliding_window": 6,
-            }
-        case "opt":
-            sizes |= {"ffn_dim": 2 * hidden_size, "word_embed_proj_dim": hidden_size}
-        case "gpt_neox":
-            sizes |= {"intermediate_size": 2 * hidden_size}
-        case "falcon":
-            sizes |= {"new_decoder_architecture": False, "multi_query": True}
-        case _:
-            pass
-    return AutoConfig.for_model(family, **(shared | sizes | overrides))
+    general = {
+        "num_hidden_layers": num_blocks,
+        "hidden_size": hidden_size,
+        "word_embed_proj_dim": hidden_size,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": 2,
+        "head_dim": hidden_size // num_heads,
+        "intermediate_size": 2 * hidden_size,
+        "ffn_dim": 2 * hidden_size,
+        "max_position_embeddings": 512,
+        "max_seq_len": 512,
+        "vocab_size": VOCABULARY,
+    }
+    model_type, special = _VARIANTS.get(family, (family, _SPECIAL.get(family, {})))
+    config_class = CONFIG_MAPPING[model_type]
+    known = inspect.signature(config_class.__init__).parameters
+    names = {name: config_class.attribute_map.get(name, name) for name in general}
+    sizes: dict[str, Any] = {names[name]: value for name, value in general.items() if names[name] in known}
+    for name, value in special.items():
+        sizes[name] = list(islice(cycle(value), num_blocks)) if isinstance(value, tuple) else value
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return config_class(**(tokens | sizes | overrides))
 
 
 def make_checkpoint(
@@ -131,6 +208,7 @@ def bench_model(folder: str | Path, *, seed: int = 0, dtype: torch.dtype = torch
         dtype=dtype,
         max_shard_size="100MB",
         num_attention_heads=8,
+        head_dim=128,
         num_key_value_heads=4,
         intermediate_size=2816,
         vocab_size=8192,
@@ -186,6 +264,10 @@ def write_checkpoint(
     return Path(folder)
 
 
+_NORMS_LESS_ONE: Final = ("Gemma", "Qwen3Next", "Qwen3_5")
+"""Families that store the weights of their norms less one."""
+
+
 def fill_weights(model: torch.nn.Module, seed: int) -> None:
     """Overwrite all weights with values that depend on nothing but their order, shapes and ``seed``.
 
@@ -197,8 +279,10 @@ def fill_weights(model: torch.nn.Module, seed: int) -> None:
             mean = 0.0
             if weight.ndim < 2:
                 deviation = 0.05
-                if not name.endswith("bias") and "Gemma" not in type(model).__name__:
-                    mean = 0.1 if "emb" in name else 1.0  # norms; gemma's are stored less one
+                if name.endswith("A_log"):
+                    mean = -1.5  # recurrent states fade slowly: a decay of 0.8 or so
+                elif not name.endswith("bias") and not type(model).__name__.startswith(_NORMS_LESS_ONE):
+                    mean = 0.1 if "emb" in name else 1.0  # norms
             elif "emb" in name or "wte" in name or "wpe" in name:
                 deviation = 0.03
             else:  # variance grows a little in each layer, however wide; experts are stacked along the first dimension
