@@ -5,8 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_dht.directory import ModelSummary
-from petals_dht.overview import ModelOverview, choose, spans_text, speed_text, strip_of
+from petals_dht.overview import ModelOverview, ModelSummary, choose, spans_text, speed_text, strip_of
 from petals_dht.testing import FINGERPRINT, make_announcement
 
 MODEL = ModelSummary("test-model", FINGERPRINT, 12, 2e9)

@@ -11,7 +11,8 @@ from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import MissingBlocksError, PetalsError
 from petals_core.identity import Identity
 from petals_core.routing.graph import describe_blocks, find_gaps
-from petals_dht.directory import Directory, ModelSummary
+from petals_dht.directory import Directory
+from petals_dht.overview import ModelSummary
 
 _USABLE_STATES = frozenset({"online"})
 

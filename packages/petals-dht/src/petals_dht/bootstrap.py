@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from petals_core.addresses import Address
 from petals_core.identity import Identity
 from petals_core.swarm_key import SwarmKey
 from petals_dht.directory import Directory
 from petals_dht.reachability import dial_back
+from petals_dht.signals import stop_signals
 
 
 async def run_bootstrap(
@@ -31,7 +30,7 @@ async def run_bootstrap(
         ConfigurationError: the port is in use or the host is not this machine's.
         NoPeersError: there are initial peers and none of them answers.
     """
-    with _stop_signals() as stopped:
+    with stop_signals() as stopped:
         directory = await Directory.start(
             identity,
             host,
@@ -56,21 +55,3 @@ def _outward_host() -> str:
         probe.connect(("192.0.2.1", 9))  # A documentation address (RFC 5737).
         return str(probe.getsockname()[0])
     return "127.0.0.1"
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[asyncio.Event]:
-    """An event that is set by SIGINT and SIGTERM."""
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        for number in signals:
-            loop.add_signal_handler(number, stopped.set)
-    except NotImplementedError:  # Windows: Ctrl-C arrives as KeyboardInterrupt.
-        yield stopped
-        return
-    try:
-        yield stopped
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)

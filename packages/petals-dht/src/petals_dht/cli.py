@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_core.addresses import Address
-from petals_core.errors import ConfigurationError, MissingBlocksError
+from petals_core.errors import ConfigurationError, MissingBlocksError, PetalsError
 from petals_core.swarm_key import SwarmKey
 from petals_core.terminal import parse_connectable_addresses, run_app, stderr_console
 
@@ -120,17 +120,63 @@ def show(
     from petals_core.net.loop import run
 
     peers = parse_connectable_addresses(initial_peers or (), option="--initial-peers")
-    overviews = run(_look(peers, _read_key(swarm_key_file), model, timeout))
+    overviews, clock_offset_s = run(_look(peers, _read_key(swarm_key_file), model, timeout))
     if as_json:
         typer.echo(json.dumps({"models": [overview.to_json() for overview in overviews]}, indent=2))
     if not overviews:
-        raise MissingBlocksError(
-            "no server is online in this swarm: start one with 'petals-server serve MODEL'"
-            if model is None
-            else f"no server of this swarm serves a model named {model}: leave the name out to see all"
-        )
+        raise _nothing_found(model, clock_offset_s)
     if not as_json:
         _print(overviews)
+
+
+@app.command()
+def monitor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Only models of this name, or part of a name.")
+    ] = None,
+    initial_peers: InitialPeers = None,
+    swarm_key_file: SwarmKeyFile = None,
+    once: Annotated[bool, typer.Option("--once", help="Print the view once; so too where stdout is a pipe.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs, once.")] = False,
+    as_prometheus: Annotated[
+        bool, typer.Option("--prometheus", help="Print metrics in the text format of Prometheus, once.")
+    ] = False,
+    refresh: Annotated[
+        float, typer.Option(min=1, max=3600, metavar="SECONDS", help="How often the swarm is looked up.")
+    ] = 5.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=600, metavar="SECONDS", help="How long to wait for the swarm.")
+    ] = 10.0,
+    verbose: Verbose = False,
+) -> None:
+    """Watch a swarm: coverage, servers, warnings, and the route from here.
+
+    Every server is connected to, so that those that announce themselves and do not answer are seen. Keys: s sorts, r
+    turns the order around, / filters (by name, state, version, adapter or block), arrows select, enter opens one
+    server, tab goes to the next model, q quits.
+    """
+    from petals_core.net.loop import run
+    from petals_dht.monitor.program import Output, run_monitor
+
+    chosen = [
+        output
+        for output, is_wanted in ((Output.ONCE, once), (Output.JSON, as_json), (Output.PROMETHEUS, as_prometheus))
+        if is_wanted
+    ]
+    if len(chosen) > 1:
+        raise ConfigurationError("--once, --json and --prometheus exclude each other: give one of them")
+    peers = parse_connectable_addresses(initial_peers or (), option="--initial-peers")
+    run(
+        run_monitor(
+            peers,
+            _read_key(swarm_key_file),
+            model,
+            output=chosen[0] if chosen else Output.LIVE,
+            refresh_s=refresh,
+            timeout_s=timeout,
+            explain_nothing=_nothing_found,
+        )
+    )
 
 
 @app.command()
@@ -156,11 +202,12 @@ def keygen(
 
 async def _look(
     peers: tuple[Address, ...], swarm_key: SwarmKey | None, wanted: str | None, timeout_s: float
-) -> list[ModelOverview]:
+) -> tuple[list[ModelOverview], float | None]:
+    """The models, and by how much this machine's clock seems to be wrong where there are none."""
     import asyncio
 
-    from petals_dht.directory import Directory, ModelSummary
-    from petals_dht.overview import ModelOverview, choose
+    from petals_dht.directory import Directory
+    from petals_dht.overview import ModelOverview, ModelSummary, choose
 
     async with await Directory.connect(peers, swarm_key=swarm_key, timeout_s=timeout_s) as directory:
 
@@ -169,7 +216,21 @@ async def _look(
 
         models = await directory.list_models(timeout_s=timeout_s)
         overviews = await asyncio.gather(*(look(model) for model in models))
-    return choose([overview for overview in overviews if overview.servers], wanted)
+        clock_offset_s = directory.suspected_clock_offset_s()
+    return choose([overview for overview in overviews if overview.servers], wanted), clock_offset_s
+
+
+def _nothing_found(wanted: str | None, clock_offset_s: float | None) -> PetalsError:
+    """Why there is nothing to show."""
+    if clock_offset_s is not None:
+        way = "behind" if clock_offset_s > 0 else "ahead"
+        return ConfigurationError(
+            f"this machine's clock seems to be about {abs(clock_offset_s) / 60:.0f} minutes {way}, so that all "
+            "announcements are refused: set it right"
+        )
+    if wanted is None:
+        return MissingBlocksError("no server is online in this swarm: start one with 'petals-server serve MODEL'")
+    return MissingBlocksError(f"no server of this swarm serves a model named {wanted}: leave the name out to see all")
 
 
 def _print(overviews: list[ModelOverview]) -> None:

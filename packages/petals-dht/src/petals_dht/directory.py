@@ -19,22 +19,12 @@ from petals_core.swarm_key import SwarmKey
 from petals_dht.contacts import MODELS_KEY, Contact, model_key, node_id
 from petals_dht.messages import CheckReachable, Reached
 from petals_dht.node import Node, NodeTiming
+from petals_dht.overview import ModelSummary
 from petals_dht.protocol import Reach
 from petals_dht.responder import NodeLimits
 
 _MAX_CHECKERS = 3
 _CHECK_TIMEOUT_S = 8.0
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class ModelSummary:
-    """One model that servers of the swarm have announced."""
-
-    model_name: str
-    fingerprint: str
-    num_blocks: int
-    expires_at_s: float
-    """Unix time; servers renew it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +142,13 @@ class Directory:
     def observed_host(self) -> str | None:
         """The IP address that most peers see our datagrams come from; None if nobody has told."""
         return self.node.observed_host()
+
+    def suspected_clock_offset_s(self) -> float | None:
+        """By how much this machine's clock seems to be behind (positive) or ahead; None if nothing speaks for that.
+
+        Worth asking only when nothing was found.
+        """
+        return self.node.suspected_clock_offset_s()
 
     async def announce(self, signed: SignedAnnouncement, *, timeout_s: float = 15.0) -> int:
         """Make an announcement known until it expires, in place of earlier ones; returns how many nodes keep it.

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import socket
+import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -26,7 +27,7 @@ from petals_dht.reading import read_pages
 from petals_dht.responder import NodeLimits
 from petals_dht.sockets import bind_udp, families_of, resolve
 from petals_dht.storage import Storage, StorageLimits, slot_of
-from petals_dht.verification import Verifier
+from petals_dht.verification import Verifier, untimely_by_s
 
 log = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.1
@@ -76,6 +77,8 @@ class Node:
         self._transport = transport
         self._limits = limits
         self._timing = timing
+        self._refused: deque[bytes] = deque(maxlen=16)
+        """The last entries that others gave us and that were not good."""
 
     @classmethod
     async def start(
@@ -195,7 +198,9 @@ class Node:
         greetings: list[asyncio.Task[None]] = []
         for peer in peers:
             addresses = await resolve(peer, self.protocol.families)
-            unusable = "no such host" if peer.ip is None else f"an IPv{peer.ip.version} address, which we do not listen on"
+            unusable = (
+                "no such host" if peer.ip is None else f"an IPv{peer.ip.version} address, which we do not listen on"
+            )
             reasons[peer] = "no answer" if addresses else unusable
             greetings += [asyncio.create_task(greet(address)) for address in addresses]
         waiting = asyncio.create_task(found.wait())
@@ -312,6 +317,7 @@ class Node:
             return found.store(key, encoded, source_host=host, now_s=self.clock())
         except InvalidAnnouncementError:
             self.protocol.dropped["announcement"] += 1
+            self._refused.append(encoded)
             return False
 
     async def store(self, key: bytes, encoded: bytes, *, timeout_s: float = 15.0) -> int:
@@ -407,6 +413,15 @@ class Node:
             if may_be_told(contact, by=answer.contact.host)
             and (6 if ":" in contact.host else 4) in self.protocol.families
         ]
+
+    def suspected_clock_offset_s(self) -> float | None:
+        """By how much this machine's clock seems to be behind (positive) or ahead; None if nothing speaks for that.
+
+        Worth asking only when nothing but refused entries was found: some may be of servers whose clock is wrong.
+        """
+        offsets = (untimely_by_s(encoded, now_s=self.clock()) for encoded in self._refused)
+        known = [offset for offset in offsets if offset is not None]
+        return statistics.median(known) if known else None
 
     def observed_host(self) -> str | None:
         """The host that most others see our datagrams come from; None if nobody has told."""

@@ -8,9 +8,19 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from petals_core.announcement import Announcement, SignedAnnouncement
-from petals_dht.directory import ModelSummary
 
 _STRIP_CHARACTERS = 64
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelSummary:
+    """One model that servers of the swarm have announced."""
+
+    model_name: str
+    fingerprint: str
+    num_blocks: int
+    expires_at_s: float
+    """Unix time; servers renew it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Self
 
 from petals_core.addresses import Address
 from petals_core.announcement import Announcement, SignedAnnouncement
 from petals_core.identity import Identity
+from petals_core.net.listener import Listener
+from petals_core.net.stream import Stream
 from petals_core.swarm_key import SwarmKey
+from petals_core.wire.messages import Info
 from petals_dht.directory import Directory
 from petals_dht.node import NodeTiming
 from petals_dht.protocol import Reach
@@ -37,6 +40,61 @@ def make_announcement(
         "expires_at_s": now_s + 300,
     }
     return SignedAnnouncement.sign(Announcement(**{**content, **fields}), identity or Identity.ephemeral())
+
+
+def make_info(signed: SignedAnnouncement, **fields: Any) -> Info:
+    """What a server answers that is what it announced; what is not announced takes a plain value."""
+    announced = signed.announcement
+    content: dict[str, Any] = {
+        "model_name": announced.model_name,
+        "fingerprint": announced.fingerprint,
+        "num_blocks": announced.num_blocks,
+        "start": announced.start,
+        "end": announced.end,
+        "state": announced.state,
+        "torch_dtype": announced.torch_dtype,
+        "quantization": announced.quantization,
+        "version": announced.version,
+        "public_name": announced.public_name,
+        "cache_tokens_left": 4096 if announced.cache_tokens_left is None else announced.cache_tokens_left,
+        "num_sessions": 0,
+    }
+    return Info(**{**content, **fields})
+
+
+class StubServer:
+    """A server without a model: it announces itself once, listens, and says what it is to whoever asks."""
+
+    def __init__(self, directory: Directory, listener: Listener, signed: SignedAnnouncement, info: Info) -> None:
+        self.directory = directory
+        self.listener = listener
+        self.signed = signed
+        self.info = info
+
+    @classmethod
+    async def start(cls, peers: list[Address], *, host: str = "127.0.0.1", **fields: Any) -> Self:
+        """Join by ``peers`` and announce ``fields``; where nothing is given, plain values."""
+        directory = await Directory.connect(peers)
+
+        async def answer(stream: Stream) -> None:
+            await stream.receive(timeout_s=None)
+            await stream.send(server.info, end=True)
+
+        listener = await Listener.start(identity=directory.identity, handler=answer, host=host)
+        signed = make_announcement(directory.identity, addresses=(Address(host, listener.port),), **fields)
+        server = cls(directory, listener, signed, make_info(signed))
+        await directory.announce(signed)
+        return server
+
+    async def leave(self) -> None:
+        """Tell that it leaves, and leave."""
+        await self.directory.withdraw(self.signed)
+        await self.vanish()
+
+    async def vanish(self) -> None:
+        """End without a word."""
+        await self.listener.close()
+        await self.directory.close()
 
 
 @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from petals_core import schema
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import InvalidAnnouncementError
 from petals_core.limits import MAX_CLOCK_SKEW_S
@@ -38,3 +39,20 @@ class Verifier:
         if signed.announcement.issued_at_s > now_s + MAX_CLOCK_SKEW_S:
             raise InvalidAnnouncementError("the announcement is from the future: a clock is wrong")
         return signed
+
+
+def untimely_by_s(encoded: bytes, *, now_s: float) -> float | None:
+    """How far in the future an authentic announcement was issued that is far out of time; None for any other.
+
+    Negative for one that expired long ago. Who is given only such ones has a clock that is wrong by about that.
+    """
+    try:
+        _, _, content = schema.sequence(schema.binary(1, len(encoded)), 3, 3)(schema.unpack(encoded))
+        fields = schema.unpack(content)
+        issued_at_s = schema.number(0, 1e11)(fields.get("issued_at_s") if type(fields) is dict else None)
+        signed = SignedAnnouncement.decode(encoded, now_s=issued_at_s)
+    except (schema.SchemaError, InvalidAnnouncementError):
+        return None
+    # Who just expired is no sign of a wrong clock: those of others may differ a little.
+    is_old = signed.announcement.expires_at_s <= now_s - MAX_CLOCK_SKEW_S
+    return issued_at_s - now_s if is_old or issued_at_s > now_s + MAX_CLOCK_SKEW_S else None
