@@ -82,3 +82,16 @@ def test_spread_and_positions() -> None:
 def test_cropping_beyond_the_columns_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError):
         ColumnLedger(1).crop(1)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 30))
+def test_whole_chunks_have_rows_that_are_full_or_empty(row_tokens: list[int], max_tokens: int) -> None:
+    chunks = split_columns(row_tokens, max_tokens, is_whole=True)
+    for chunk in chunks:
+        assert set(chunk.row_tokens) <= {0, chunk.num_columns}
+        assert chunk.num_columns * len(row_tokens) <= max_tokens or chunk.num_columns == 1
+    assert [sum(counts) for counts in zip(*(chunk.row_tokens for chunk in chunks), strict=True)] == (
+        row_tokens if chunks else []
+    )
+    for chunk in split_rows(row_tokens, max_tokens, is_whole=True):
+        assert chunk.is_rectangular

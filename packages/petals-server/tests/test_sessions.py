@@ -21,6 +21,13 @@ def test_room_is_set_aside_and_given_back() -> None:
     assert (len(table), table.cache_tokens_left) == (1, 60)
 
 
+def test_recurrent_states_take_room_for_each_row() -> None:
+    table = SessionTable(cache_tokens=100, limits=ServerLimits(), state_tokens=7)
+    table.close(table.open(ALICE, num_rows=2, max_length=30))
+    table.open(ALICE, num_rows=2, max_length=30)
+    assert table.cache_tokens_left == 100 - 2 * 37
+
+
 def test_one_peer_can_not_take_all_sessions() -> None:
     table = SessionTable(cache_tokens=100, limits=ServerLimits(max_sessions_per_peer=2, max_sessions=3))
     sessions = [table.open(ALICE, num_rows=1, max_length=1) for _ in range(2)]
