@@ -1,0 +1,305 @@
+"""One micro-batch on its way through servers, forward and back; when one fails, others take its place.
+
+Letters: R rows, B blocks, P prompt tokens of a row, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from petals_client.chunks import Part
+from petals_client.session import read_states
+from petals_client.swarm import Swarm, explain_failure
+from petals_core.announcement import SignedAnnouncement
+from petals_core.errors import (
+    Disposition,
+    GraphExpiredError,
+    MissingBlocksError,
+    PeerConnectionError,
+    PetalsError,
+    ProtocolError,
+)
+from petals_core.identity import PeerId
+from petals_core.net.rpc import call
+from petals_core.routing.graph import Chain, Hop
+from petals_core.tensors.codec import Encoding, TensorSpec, decode, encode
+from petals_core.wire.frames import Priority
+from petals_core.wire.messages import (
+    GRAPH_ID_BYTES,
+    Backward,
+    BackwardResult,
+    Buffer,
+    Forward,
+    ForwardResult,
+    Message,
+)
+
+Plan = tuple[Chain, dict[PeerId, SignedAnnouncement]]
+"""A chain, and what all servers announced."""
+
+REQUESTS_PER_SERVER: Final = 2
+"""One computes while the next is on its way."""
+_MAX_WAIT_S: Final = 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Leg:
+    """What one server did of a micro-batch."""
+
+    hop: Hop
+    graph_id: bytes | None
+    """Under which name the server keeps the graph; None: it does not, or the graph is used up."""
+
+
+class Access:
+    """The servers, as one forward or backward of a batch uses them. Belongs to one event loop."""
+
+    def __init__(self, swarm: Swarm, *, keeps_graphs: bool) -> None:
+        self.swarm = swarm
+        self.keeps_graphs = keeps_graphs
+        encoding = swarm.options.gradient_encoding
+        self.gradient_encoding = None if encoding is None else Encoding(encoding)
+        self._turns: dict[PeerId, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(REQUESTS_PER_SERVER))
+
+    async def call(
+        self,
+        server: SignedAnnouncement,
+        request: Forward | Backward,
+        payload: Sequence[Buffer],
+        reply: type[ForwardResult] | type[BackwardResult],
+    ) -> Message:
+        """Send a request when it is its turn: more at once would share the server's link and all come late.
+
+        Raises:
+            PetalsError: the server could not be reached, or failed.
+        """
+        async with self._turns[server.peer_id]:
+            connection = await self.swarm.connect(server)
+            return await call(
+                connection,
+                request,
+                payload,
+                reply=reply,
+                priority=Priority.BULK,
+                timeout_s=self.swarm.options.step_timeout_s,
+            )
+
+    async def find_server(self, hop: Hop) -> SignedAnnouncement:
+        """The announcement of a server that was used before.
+
+        Raises:
+            PeerConnectionError: it is not there any more.
+        """
+        for signed in await self.swarm.directory.servers():
+            if signed.peer_id == hop.peer_id:
+                return signed
+        raise PeerConnectionError("it is not announced any more")
+
+
+class _Attempts:
+    """Who failed a micro-batch so far, and what is done about it."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self._swarm = swarm
+        self._failures: list[tuple[PeerId, PetalsError, PetalsError]] = []
+
+    async def plan(self, start: int, end: int) -> Plan:
+        """A chain without those that failed; raises the last failure if there is none."""
+        try:
+            return await self._swarm.plan(start, end, without=self._excluded())
+        except MissingBlocksError as missing:
+            raise (self._failures[-1][2] if self._failures else missing) from None
+
+    async def note(self, hop: Hop, error: PetalsError) -> None:
+        """Note a failure, and wait where the server asks for it; raises it if it is the last."""
+        self._swarm.blame(hop.peer_id, error)
+        failure = explain_failure(hop, error)
+        self._failures.append((hop.peer_id, error, failure))
+        if error.disposition is Disposition.GIVE_UP or len(self._failures) >= self._swarm.options.max_attempts:
+            raise failure from error
+        if error.disposition is Disposition.RETRY_SAME:
+            await asyncio.sleep(min(error.retry_after_s or 0.5, _MAX_WAIT_S))
+
+    def _excluded(self) -> set[PeerId]:
+        """Servers that are asked no more. A cut connection may happen once to everybody."""
+        peers = [peer_id for peer_id, _, _ in self._failures]
+        return {
+            peer_id
+            for peer_id, error, _ in self._failures
+            if error.disposition is not Disposition.RETRY_SAME
+            and (not isinstance(error, PeerConnectionError) or peers.count(peer_id) > 1)
+        }
+
+
+class MicroBatch:
+    """Some rows on their way through blocks ``start:end``."""
+
+    def __init__(self, access: Access, part: Part, prompts: Tensor | None, *, start: int) -> None:
+        self._access = access
+        self._part = part
+        self._prompts = prompts
+        """[B, 1 or R, P, H], for the blocks from ``start`` on and the part's rows."""
+        self._start = start
+        self._attempts = _Attempts(access.swarm)
+
+    async def forward(
+        self,
+        hidden: Tensor,
+        start: int,
+        end: int,
+        *,
+        plan: Plan | None = None,
+    ) -> tuple[Tensor, list[tuple[Leg, Tensor]]]:
+        """Compute blocks ``start:end``; returns what comes out, and what went into each server.
+
+        When a server fails, others go on from the states before it. ``plan`` is tried first.
+
+        Raises:
+            PetalsError: nobody could do it.
+        """
+        legs: list[tuple[Leg, Tensor]] = []
+        position = start
+        while position < end:
+            chain, servers = plan or await self._attempts.plan(position, end)
+            plan = None
+            for hop in chain:
+                graph_id = os.urandom(GRAPH_ID_BYTES) if self._access.keeps_graphs else None
+                try:
+                    output, is_kept = await self._forward_hop(hop, servers[hop.peer_id], hidden, graph_id)
+                except PetalsError as error:
+                    await self._attempts.note(hop, error)
+                    break
+                self._access.swarm.praise(hop.peer_id)
+                legs.append((Leg(hop=hop, graph_id=graph_id if is_kept else None), hidden))
+                hidden = output
+                position = hop.end
+        return hidden, legs
+
+    async def backward(self, legs: Sequence[tuple[Leg, Tensor]], gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the hidden states that went in, and of the prompts.
+
+        When a server fails, others compute its blocks again from what went into it.
+
+        Raises:
+            PetalsError: nobody could do it.
+        """
+        remaining = list(legs)
+        of_prompts: list[Tensor] = []
+        while remaining:
+            leg, hidden = remaining[-1]
+            try:
+                gradient, of_hop = await self._backward_hop(leg, hidden, gradient)
+            except PetalsError as error:
+                await self._attempts.note(leg.hop, error)
+                if error.disposition is not Disposition.RETRY_SAME:
+                    remaining.pop()
+                    _, others = await self.forward(hidden, leg.hop.start, leg.hop.end)
+                    remaining.extend(others)
+                continue
+            remaining.pop()
+            if of_hop is not None:
+                of_prompts.append(of_hop)
+        if self._prompts is None:
+            return gradient, None
+        of_prompts.reverse()
+        return gradient, torch.cat(of_prompts)
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    async def _forward_hop(
+        self, hop: Hop, server: SignedAnnouncement, hidden: Tensor, graph_id: bytes | None
+    ) -> tuple[Tensor, bool]:
+        specs, payload = _encode_all([hidden, *self._prompts_of(hop)])
+        request = Forward(
+            fingerprint=self._access.swarm.fingerprint,
+            start=hop.start,
+            end=hop.end,
+            row_tokens=self._part.row_tokens,
+            position_runs=self._part.position_runs,
+            tensors=tuple(spec.to_wire() for spec in specs),
+            deadline_ms=int(self._access.swarm.options.step_timeout_s * 1000),
+            graph_id=graph_id,
+        )
+        reply = await self._access.call(server, request, payload, ForwardResult)
+        assert isinstance(reply.body, ForwardResult)
+        states = read_states(reply, reply.body.tensors, specs[0])
+        (received,) = states.payload
+        return decode(states.spec, memoryview(received)), reply.body.is_kept is True
+
+    async def _backward_hop(self, leg: Leg, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        server = await self._access.find_server(leg.hop)
+        graph_id, leg.graph_id = leg.graph_id, None
+        if graph_id is not None:
+            try:
+                return await self._request_backward(leg.hop, server, [], gradient, graph_id)
+            except GraphExpiredError:
+                pass  # it is computed anew
+        return await self._request_backward(leg.hop, server, [hidden, *self._prompts_of(leg.hop)], gradient, None)
+
+    async def _request_backward(
+        self, hop: Hop, server: SignedAnnouncement, inputs: Sequence[Tensor], gradient: Tensor, graph_id: bytes | None
+    ) -> tuple[Tensor, Tensor | None]:
+        gradient_spec, gradient_payload = encode(gradient, encoding=self._access.gradient_encoding)
+        specs, payload = _encode_all(inputs)
+        request = Backward(
+            fingerprint=self._access.swarm.fingerprint,
+            start=hop.start,
+            end=hop.end,
+            row_tokens=self._part.row_tokens,
+            position_runs=self._part.position_runs,
+            tensors=tuple(spec.to_wire() for spec in (gradient_spec, *specs)),
+            deadline_ms=int(self._access.swarm.options.step_timeout_s * 1000),
+            graph_id=graph_id,
+        )
+        reply = await self._access.call(server, request, [*gradient_payload, *payload], BackwardResult)
+        assert isinstance(reply.body, BackwardResult)
+        prompts = self._prompts_of(hop)
+        expected = [tuple(gradient.shape), *(tuple(each.shape) for each in prompts)]
+        results = _read_gradients(reply, reply.body.tensors, expected, gradient_spec.dtype)
+        return results[0], results[1] if prompts else None
+
+    def _prompts_of(self, hop: Hop) -> list[Tensor]:
+        """The prompts of a server's blocks, if there are any."""
+        if self._prompts is None:
+            return []
+        return [self._prompts[hop.start - self._start : hop.end - self._start]]
+
+
+def _encode_all(tensors: Sequence[Tensor]) -> tuple[list[TensorSpec], list[Buffer]]:
+    specs: list[TensorSpec] = []
+    payload: list[Buffer] = []
+    for tensor in tensors:
+        spec, buffers = encode(tensor)
+        specs.append(spec)
+        payload.extend(buffers)
+    return specs, payload
+
+
+def _read_gradients(
+    message: Message, descriptions: Sequence[object], expected: Sequence[tuple[int, ...]], dtype: str
+) -> list[Tensor]:
+    """The gradients of a reply; raises ``ProtocolError`` unless their shapes and dtype are those of what went in."""
+    if len(descriptions) != len(expected):
+        raise ProtocolError(f"the server answered with {len(descriptions)} gradients instead of {len(expected)}")
+    payload = message.received_payload
+    gradients = []
+    offset = 0
+    for description, shape in zip(descriptions, expected, strict=True):
+        spec = TensorSpec.from_wire(description)
+        if spec.shape != shape or spec.dtype != dtype:
+            raise ProtocolError(
+                f"the server answered with a gradient {spec.dtype}{list(spec.shape)} of {dtype}{list(shape)}"
+            )
+        gradients.append(decode(spec, payload[offset : offset + spec.num_bytes]))
+        offset += spec.num_bytes
+    if offset != payload.nbytes:
+        raise ProtocolError(f"the server announced {offset} bytes of gradients and sent {payload.nbytes}")
+    return gradients

@@ -1,0 +1,150 @@
+"""One batch of rows through a span with a graph: deep prompts, what the graph keeps alive, and computing without it.
+
+Weights are frozen: gradients are those of the hidden states that go in and of the prompts.
+
+Letters: R rows, T tokens of all rows together, N columns of a batch, B blocks, P prompt tokens of a row, H hidden size.
+"""
+
+# ruff: noqa: N803, N806, N815 -- tensors are named by their shape
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.checkpoint import checkpoint
+
+from petals_core.models.split import Span
+from petals_server.columns import spread
+from petals_server.execution import as_mask, default_positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkGraph:
+    """A chunk's inputs, and its output with the graph that leads there."""
+
+    hidden_TH: torch.Tensor
+    prompts_BRPH: torch.Tensor | None
+    output_TH: torch.Tensor
+
+    def differentiate(self, gradient_TH: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of the inputs; frees the graph."""
+        inputs = [self.hidden_TH] if self.prompts_BRPH is None else [self.hidden_TH, self.prompts_BRPH]
+        return list(torch.autograd.grad(self.output_TH, inputs, gradient_TH))
+
+
+def compute_rows(
+    span: Span,
+    row_tokens: tuple[int, ...],
+    hidden_TH: torch.Tensor,
+    prompts_BRPH: torch.Tensor | None,
+    positions_T: NDArray[np.int64] | None,
+) -> torch.Tensor:
+    """Rows through the span, without a cache; [T, H]. Gradients flow to hidden states and prompts."""
+    num_rows, num_columns = len(row_tokens), max(row_tokens)
+    is_rectangular = min(row_tokens) == num_columns
+    valid_RN = spread(row_tokens)
+    indices = None if is_rectangular else torch.from_numpy(np.flatnonzero(valid_RN)).to(hidden_TH.device)
+    hidden_RNH = (
+        hidden_TH
+        if indices is None
+        else hidden_TH.new_zeros(num_rows * num_columns, hidden_TH.shape[1]).index_copy(0, indices, hidden_TH)
+    ).view(num_rows, num_columns, -1)
+    # A mask is given with positions even where it masks nothing: without one, Transformers reads positions that start
+    # anew as several sequences packed into a row.
+    has_mask = positions_T is not None or not is_rectangular
+    positions_RN: torch.Tensor | None = None
+    if positions_T is not None:
+        placed_RN = np.zeros((num_rows, num_columns), dtype=np.int64)
+        placed_RN[valid_RN] = positions_T
+        positions_RN = torch.from_numpy(placed_RN).to(hidden_TH.device)
+    elif has_mask:
+        positions_RN = default_positions(row_tokens, [0] * num_rows).to(hidden_TH.device)
+    with nullcontext() if prompts_BRPH is None else prompted(span, prompts_BRPH, row_tokens):
+        output_RNH = span(
+            hidden_RNH,
+            attention_mask=as_mask(valid_RN, span.device) if has_mask else None,
+            position_ids=positions_RN,
+            cache=None,
+        )
+    output_TH = output_RNH.reshape(num_rows * num_columns, -1)
+    return output_TH if indices is None else output_TH.index_select(0, indices)
+
+
+@contextmanager
+def prompted(span: Span, prompts_BRPH: torch.Tensor, row_tokens: Sequence[int]) -> Iterator[None]:
+    """Let each block of the span see the states of each row's first P tokens with its own prompts added."""
+    num_rows, num_columns = len(row_tokens), max(row_tokens)
+    num_prompts = prompts_BRPH.shape[2]
+    first_R = torch.tensor([num_columns - count for count in row_tokens], device=prompts_BRPH.device)
+    is_rectangular = min(row_tokens) == num_columns
+    columns_RP = first_R[:, None] + torch.arange(num_prompts, device=prompts_BRPH.device)
+    rows_R1 = torch.arange(num_rows, device=prompts_BRPH.device)[:, None]
+
+    def add(hidden_RNH: torch.Tensor, prompts_RPH: torch.Tensor) -> torch.Tensor:
+        if is_rectangular:
+            head_RPH = hidden_RNH[:, :num_prompts] + prompts_RPH
+            return torch.cat([head_RPH, hidden_RNH[:, num_prompts:]], dim=1)
+        added = prompts_RPH.expand(num_rows, -1, -1)
+        return hidden_RNH.index_put((rows_R1, columns_RP), added, accumulate=True)
+
+    def hook(
+        block: object, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (add(args[0], prompts_BRPH[index]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"], prompts_BRPH[index])}
+
+    with ExitStack() as stack:
+        for index, block in enumerate(span.blocks):
+            handle = block.register_forward_pre_hook(functools.partial(hook, index=index), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def checkpointed(span: Span) -> Iterator[None]:
+    """Let the graph keep what goes into each block and nothing else; backward computes the blocks again, one by one."""
+    with ExitStack() as stack:
+        for block in span.blocks:
+            # Without the random state: nothing random is computed here.
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            stack.callback(delattr, block, "forward")
+        yield
+
+
+class OverBudgetError(Exception):
+    """A graph would take more memory than it may."""
+
+
+class GraphMeter(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the memory that a graph keeps alive while it is made: each storage once, the span's weights not at all.
+
+    Raises:
+        OverBudgetError: ``grow`` refused some bytes; raised in the midst of the forward.
+    """
+
+    def __init__(self, span: Span, grow: Callable[[int], bool]) -> None:
+        self._grow = grow
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in span.model.state_dict().values()}
+        super().__init__(self.count, _same)
+
+    def count(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Note that a tensor is kept, and return it."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self._seen:
+            self._seen.add(address)
+            if not self._grow(storage.nbytes()):
+                raise OverBudgetError
+        return tensor
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
