@@ -70,8 +70,8 @@ class CountingCache(Cache):
         return -1  # "no maximum" in Transformers' words; a session refuses steps beyond its own
 
     def crop(self, tokens_to_remove: int) -> None:
-        # ``generate`` counts from the end, and calls with 0 often. Positive numbers once were the length to keep. Assisted
-        # generation of Transformers 5.17 passes a tensor.
+        # ``generate`` counts from the end, and calls with 0 often. Positive numbers once were the length to keep.
+        # Assisted generation of Transformers 5.17 passes a tensor.
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             self.session.truncate(min(tokens_to_remove, self.session.position))
