@@ -22,7 +22,8 @@ from petals_core.limits import (
 from petals_core.schema import ruled
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-QUANTIZATIONS = ("none", "int8", "nf4")
+QUANTIZATIONS = ("none", "int8", "nf4", "fp4", "fp8", "mxfp4", "gptq", "awq", "other")
+"""Forms of a server's weights. Servers make the first three; checkpoints that are stored quantized have all."""
 STATES = ("joining", "online", "draining", "offline")
 _SIGNATURE_CONTEXT = b"petals announcement 1\0"
 _MAX_RATE = 1e12

@@ -25,7 +25,7 @@ from petals_core.errors import ConfigurationError
 from petals_core.identity import Identity
 from petals_core.swarm_key import SwarmKey
 from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
-from petals_server.config import ServerConfig, parse_blocks
+from petals_server.config import ServerConfig, parse_blocks, parse_size
 
 log = logging.getLogger("petals_server")
 
@@ -82,6 +82,15 @@ def serve(
     torch_dtype: Annotated[
         str, typer.Option("--torch-dtype", metavar="DTYPE", help="auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
+    quantization: Annotated[
+        str,
+        typer.Option(
+            "--quantization", metavar="FORM", help="none, int8, nf4, or auto: nf4 on a GPU and none on a CPU; lossy."
+        ),
+    ] = "none",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint: it can do anything.")
+    ] = False,
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
     ] = None,
@@ -91,6 +100,14 @@ def serve(
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option("--cache-dir", metavar="FOLDER", help="Folder for downloads from the hub.")
+    ] = None,
+    max_disk_space: Annotated[
+        str | None,
+        typer.Option(
+            "--max-disk-space",
+            metavar="SIZE",
+            help="What downloads may take, for example 200GB; what was not used for longest is deleted [all there is].",
+        ),
     ] = None,
     attn_cache_tokens: Annotated[
         int | None,
@@ -136,9 +153,12 @@ def serve(
         announce_host=announce_host,
         device=device,
         torch_dtype=torch_dtype,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
+        max_disk_bytes=None if max_disk_space is None else parse_size(max_disk_space),
         swarm_key=None if swarm_key_file is None else SwarmKey.read(swarm_key_file),
         identity=Identity.default("server") if identity is None else Identity.load(identity),
         public_name=public_name,

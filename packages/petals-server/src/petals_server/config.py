@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from petals_core.swarm_key import SwarmKey
 
 DEFAULT_PORT = 31330
 TORCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8", "nf4", "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +64,15 @@ class ServerConfig:
     """The host that others connect to; None: found out."""
     device: str = "auto"
     torch_dtype: str = "auto"
+    quantization: str = "none"
+    """What to make of the weights while they are loaded; ``auto`` is nf4 on a GPU and none on a CPU."""
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
+    max_disk_bytes: int | None = None
+    """What the folder of downloads may take; None: all that is free."""
+    trust_remote_code: bool = False
+    """Whether code that comes with a checkpoint is run."""
     identity: Identity | None = None
     """None: this user's first one that no running server uses."""
     swarm_key: SwarmKey | None = None
@@ -90,6 +98,8 @@ class ServerConfig:
             raise ConfigurationError(f"--port {self.port} is not between 0 and 65535")
         if self.torch_dtype not in TORCH_DTYPES:
             raise ConfigurationError(f"--torch-dtype {self.torch_dtype} is none of {', '.join(TORCH_DTYPES)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigurationError(f"--quantization {self.quantization} is none of {', '.join(QUANTIZATIONS)}")
         for option, host in (("--host", self.host), ("--announce-host", self.announce_host)):
             if host is not None:
                 try:
@@ -119,3 +129,19 @@ def parse_blocks(text: str) -> tuple[int, int]:
     if not separator or not all(part.isascii() and part.isdecimal() and len(part) <= 9 for part in (first, end)):
         raise ConfigurationError(f"--blocks {text!r} is not a span: give FIRST:END, for example 0:4")
     return int(first), int(end)
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes: ``500MB``, ``1.5 GiB``, ``2TB``.
+
+    Raises:
+        ConfigurationError: ``text`` has another form, or is nothing.
+    """
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([kmgtKMGT]?)(i?)[bB]?", text.strip())
+    if match is None or not (num_bytes := int(float(match[1]) * _size_unit(match[2], is_binary=bool(match[3])))):
+        raise ConfigurationError(f"--max-disk-space {text!r} is not a size: give for example 200GB")
+    return num_bytes
+
+
+def _size_unit(prefix: str, *, is_binary: bool) -> int:
+    return (1024 if is_binary else 1000) ** (" kmgt".index(prefix.lower()) if prefix else 0)

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from petals_core.errors import ConfigurationError
+from petals_core.models import transformers_quantization as quantizers
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.hashes import ProgressCallback
 from petals_core.models.split import Span, block_count, check_device, find_architecture, load_span
@@ -36,6 +37,8 @@ class OpenedModel:
     """Memory that the largest block takes once it is loaded."""
     device: torch.device
     dtype: torch.dtype
+    quantization: str
+    """What the weights will be once they are loaded: one of ``petals_core.announcement.QUANTIZATIONS``."""
     num_blocks_that_fit: int
 
 
@@ -49,6 +52,7 @@ class ServedModel:
     """Blocks of the whole model."""
     span: Span
     torch_dtype: str
+    quantization: str
     cache_tokens: int
     """Tokens that the attention caches of all sessions may hold together."""
     state_tokens: int
@@ -73,7 +77,15 @@ def open_model(config: ServerConfig, progress: ProgressCallback | None = None) -
     device = _choose_device(config.device)
     dtype = resolve_dtype(config.torch_dtype, checkpoint)
     device = check_device(device, dtype)
-    block_bytes = max(architecture.block_parameters) * dtype.itemsize
+    form = quantizers.plan(
+        checkpoint.config,
+        config.quantization,
+        device=device,
+        dtype=dtype,
+        num_linear=sum(architecture.block_linear_parameters),
+    )
+    sizes = zip(architecture.block_parameters, architecture.block_linear_parameters, strict=True)
+    block_bytes = max(form.block_bytes(total, linear, dtype) for total, linear in sizes)
     return OpenedModel(
         checkpoint=checkpoint,
         fingerprint=checkpoint.fingerprint,
@@ -81,6 +93,7 @@ def open_model(config: ServerConfig, progress: ProgressCallback | None = None) -
         block_bytes=block_bytes,
         device=device,
         dtype=dtype,
+        quantization=form.name,
         num_blocks_that_fit=memory.count_blocks_that_fit(block_bytes, memory.free_bytes(device)),
     )
 
@@ -94,7 +107,9 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
     """
     memory.check_fits(end - start, opened.block_bytes, memory.free_bytes(opened.device))
     started_s = time.monotonic()
-    span = load_span(opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device)
+    span = load_span(
+        opened.checkpoint, start, end, dtype=opened.dtype, device=opened.device, quantization=config.quantization
+    )
     log.info(
         "loaded blocks %d:%d of %s in %.1f s: %.0f MiB in %s on %s",
         start,
@@ -105,6 +120,14 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         opened.dtype,
         opened.device,
     )
+    if span.quantization != "none":
+        log.info(
+            "%.0f %% of the weights are in %s: results differ a little from those of the unquantized model",
+            100 * span.quantized_share,
+            span.quantization,
+        )
+        if span.quantization == "int8" and opened.device.type == "cpu":
+            log.warning("int8 is slow on a CPU: nf4 takes less memory and time")
     plan = threads.measure(span, num_threads=config.num_threads)
     free = memory.free_bytes(opened.device)
     cache_cost = memory.measure_cache_cost(span)
@@ -115,6 +138,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         num_blocks=opened.num_blocks,
         span=span,
         torch_dtype=str(opened.dtype).removeprefix("torch."),
+        quantization=span.quantization,
         cache_tokens=cache_tokens,
         state_tokens=cache_cost.state_tokens,
         threads=plan,

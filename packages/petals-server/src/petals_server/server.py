@@ -286,6 +286,7 @@ class Server:
             addresses=(self.address,),
             state=info.state,
             torch_dtype=info.torch_dtype,
+            quantization=info.quantization,
             issued_at_s=now_s,
             expires_at_s=expires_at_s,
             inference_tokens_per_s=threads.decode_tokens_per_s,

@@ -20,6 +20,7 @@ from torch import nn
 
 from petals_core.errors import CheckpointError, DeviceError, InvalidRequestError
 from petals_core.models import transformers_internals as internals
+from petals_core.models import transformers_quantization as quantizers
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.memory import release_memory
 
@@ -41,6 +42,8 @@ class Architecture:
     hidden_size: int
     block_parameters: tuple[int, ...]
     """Number of elements in each block's weights, which tells its size before anything is downloaded."""
+    block_linear_parameters: tuple[int, ...]
+    """How many of these are in linear layers, which can be quantized."""
     blocks_return_tuples: bool
     """Whether the base model takes element 0 of what a block returns (bloom, falcon, mpt, bamba) or all of it."""
     multipliers: tuple[str, ...]
@@ -86,6 +89,7 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
     assert isinstance(blocks, nn.ModuleList)
     block_class = type(blocks[0])
     block_parameters = tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks)
+    block_linear_parameters = tuple(quantizers.count_linear_parameters(block) for block in blocks)
     internals.neutralize(model, block_path)
     surroundings = internals.find_surroundings(model, block_path, int(config.hidden_size))
     return Architecture(
@@ -95,6 +99,7 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
         num_blocks=num_blocks,
         hidden_size=int(config.hidden_size),
         block_parameters=block_parameters,
+        block_linear_parameters=block_linear_parameters,
         blocks_return_tuples=surroundings.blocks_return_tuples,
         multipliers=surroundings.multipliers,
         is_recurrent=is_recurrent,
@@ -156,7 +161,14 @@ class Span:
     """
 
     def __init__(
-        self, *, model: PreTrainedModel, architecture: Architecture, start: int, end: int, dtype: torch.dtype
+        self,
+        *,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        start: int,
+        end: int,
+        dtype: torch.dtype,
+        quantization: str = "none",
     ) -> None:
         self.model = model
         """Transformers' base model with nothing but the span's blocks; its config is the span's."""
@@ -164,6 +176,8 @@ class Span:
         self.start = start
         self.end = end
         self.dtype = dtype
+        self.quantization = quantization
+        """One of ``petals_core.announcement.QUANTIZATIONS``."""
         self._continues_by_tokens = model.config.model_type in internals.CONTINUED_BY_TOKENS
         self._takes_positions = internals.takes_position_ids(type(model).forward)
 
@@ -198,7 +212,12 @@ class Span:
     @property
     def num_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        return quantizers.num_bytes(self.model)
+
+    @property
+    def quantized_share(self) -> float:
+        """Which part of the weights is quantized."""
+        return quantizers.quantized_share(self.model)
 
     def forward(
         self,
@@ -272,7 +291,14 @@ class Span:
         if (start, end) == (self.start, self.end):
             return self
         model = internals.narrow(self.model, self.architecture.block_path, start - self.start, end - self.start)
-        return Span(model=model, architecture=self.architecture, start=start, end=end, dtype=self.dtype)
+        return Span(
+            model=model,
+            architecture=self.architecture,
+            start=start,
+            end=end,
+            dtype=self.dtype,
+            quantization=self.quantization,
+        )
 
     def new_cache(self) -> Cache:
         """An empty attention cache for this span, which keeps all tokens even where the model has windows."""
@@ -313,18 +339,20 @@ def load_span(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
-    quantization_config: object | None = None,
+    quantization: str = "none",
 ) -> Span:
     """Load blocks ``start`` up to ``end`` and nothing else; only the files that hold them are opened or downloaded.
 
     Args:
         dtype: what to compute in; ``auto`` is the checkpoint's own.
         attn_implementation: as in Transformers (``sdpa``, ``eager``, or a registered function's name).
-        quantization_config: as in Transformers (``BitsAndBytesConfig``), to quantize while loading.
+        quantization: ``none``, ``int8``, ``nf4``, or ``auto`` by device. Weights that are stored quantized are taken
+            as they are.
 
     Raises:
         InvalidRequestError: the model has no such span, or no such attention.
-        UnsupportedModelError: the model can't be split.
+        UnsupportedModelError: the model can't be split, or what its quantization needs is missing.
+        ConfigurationError: the weights are stored quantized in another way.
         CheckpointError: files are missing or broken, or do not fit the config.
         DeviceError: there is no such device, or it can't compute in ``dtype``.
         NotEnoughMemoryError: the span does not fit the device.
@@ -335,6 +363,13 @@ def load_span(
     dtype = resolve_dtype(dtype, checkpoint)
     device = check_device(device, dtype)
     architecture = find_architecture(checkpoint.config)
+    form = quantizers.plan(
+        checkpoint.config,
+        quantization,
+        device=device,
+        dtype=dtype,
+        num_linear=sum(architecture.block_linear_parameters[start:end]),
+    )
     names = tensor_names(checkpoint, architecture)
     wanted = {
         names.renumbered(name, index - start): name for index in range(start, end) for name in names.by_block[index]
@@ -345,24 +380,29 @@ def load_span(
 
     def cut(model: PreTrainedModel) -> None:
         internals.cut(model, architecture.block_path, architecture.multipliers, start, end)
-        if quantization_config is None:
+        if form.config is not None:
+            quantizers.make_linear_layers_plain(model)
+        if not form.is_stored:
             internals.fuse_experts(model, tensors)
 
     model, _ = internals.load(
         internals.make_subclass(architecture.base_class, cut),
         checkpoint,
-        checkpoint.config,
+        quantizers.span_config(checkpoint.config, architecture.block_path, start, end)
+        if form.is_stored
+        else checkpoint.config,
         tensors,
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
-        quantization_config=quantization_config,
+        quantization_config=form.config,
     )
     model.__class__ = architecture.base_class
     model.requires_grad_(False)
     model.eval()
+    quantizers.finish(model, form, dtype)
     release_memory()
-    return Span(model=model, architecture=architecture, start=start, end=end, dtype=dtype)
+    return Span(model=model, architecture=architecture, start=start, end=end, dtype=dtype, quantization=form.name)
 
 
 # --- the client's part ------------------------------------------------------------------------------------------------
@@ -401,6 +441,8 @@ def load_client_half(
     config = checkpoint.config if config is None else config
     architecture = find_architecture(config)
     names = tensor_names(checkpoint, architecture)
+    if quantizers.stored_quantization(config) is not None:
+        config = quantizers.client_config(config, {checkpoint.entry(name).dtype for name in names.outside})
     tensors = checkpoint.lazy({name: name for name in names.outside})
 
     def remove_blocks(model: PreTrainedModel) -> None:

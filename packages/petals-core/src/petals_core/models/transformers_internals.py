@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from petals_core.errors import CheckpointError, InvalidRequestError, NotEnoughMemoryError, UnsupportedModelError
+from petals_core.models.transformers_quantization import shared_modules
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -68,11 +69,6 @@ def check_config(config: PreTrainedConfig, base_class: type[PreTrainedModel]) ->
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModelError(
             f"{name} has parts besides one text decoder and can't be split: choose a text model"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"this {name} checkpoint is stored quantized and can't be split: use the unquantized one "
-            "(a server can quantize while it loads)"
         )
     if "past_key_values" not in inspect.signature(base_class.forward).parameters:
         raise UnsupportedModelError(
@@ -214,7 +210,8 @@ def narrow(model: PreTrainedModel, block_path: str, start: int, end: int) -> Pre
     Modules and the config are copied because a block knows its place in the cache, and the model its per-layer lists.
     """
     shared: list[object] = [*model.parameters(), *model.buffers()]
-    memo: dict[int, object] = {id(tensor): tensor for tensor in shared}
+    shared += shared_modules(model)
+    memo: dict[int, object] = {id(each): each for each in shared}
     left_out = nn.Module()
     for index, block in enumerate(model.get_submodule(block_path).children()):
         if not start <= index < end:
@@ -443,7 +440,8 @@ def load(
         arguments["quantization_config"] = quantization_config
     if checkpoint.generation_config is not None and model_class.can_generate():
         arguments["generation_config"] = checkpoint.generation_config
-    if device.type != "cpu" or quantization_config is not None:
+    is_quantized = quantization_config is not None or getattr(config, "quantization_config", None) is not None
+    if device.type != "cpu" or is_quantized:
         arguments["device_map"] = {"": device}
     try:
         with _quiet_and_sequential():
