@@ -354,12 +354,6 @@ def test_paged_generation_is_refused(model: Any) -> None:
         model.generate(ONE, cache_implementation="paged")
 
 
-def test_gradients_stop_with_a_clear_line(model: Any) -> None:
-    loss = model(ONE, labels=ONE).loss
-    with pytest.raises(InvalidRequestError, match="gradients do not flow through remote blocks"):
-        loss.backward()
-
-
 def test_saving_is_refused(model: Any, tmp_path: Any) -> None:
     with pytest.raises(InvalidRequestError, match="broken checkpoint"):
         model.save_pretrained(tmp_path)

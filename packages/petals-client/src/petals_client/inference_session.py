@@ -197,6 +197,10 @@ class InferenceSession:
                 f"this session was lost ({self._lost.message}); call generate to go on from its tokens, "
                 "or session.truncate(0) to start anew"
             )
+        if hidden.ndim != 3:
+            raise InvalidRequestError(
+                f"hidden states have the shape [rows, tokens, hidden size], not {list(hidden.shape)}"
+            )
         num_rows, width, size = hidden.shape
         self._check_fit(num_rows, width)
         layout = read_layout(num_rows, width, valid)

@@ -86,7 +86,6 @@ class RemoteSequential(nn.Module):
                 raise IndexError(f"there are blocks 0 to {len(self) - 1}, not {index}")
         if (first, last) == (0, len(self)):
             return self
-        # As a researcher calls it, whatever the family's own blocks return.
         return RemoteSequential(self.chain, returns_tuple=False, start=self.start + first, end=self.start + last)
 
     def extra_repr(self) -> str:
@@ -108,8 +107,13 @@ class RemoteSequential(nn.Module):
         Raises:
             PetalsError: see ``InferenceSession.step`` and ``Chain.forward``.
         """
+        if hidden.ndim != 3:
+            raise InvalidRequestError(
+                f"hidden states have the shape [rows, tokens, hidden size], not {list(hidden.shape)}"
+            )
         call = _call.get()
-        if call is not None and call.blocks is self:
+        is_direct = call is None or call.blocks is not self
+        if call is not None and not is_direct:
             _call.set(None)  # taken: a forward that fails later must leave nothing to the next one
         else:
             if kwargs.get("attention_mask") is not None:
@@ -119,7 +123,7 @@ class RemoteSequential(nn.Module):
             call.collector.states[0] = hidden
         output = self._run(hidden, call)
         # Two elements, because some families unpack them (bamba) where others take the first (bloom, falcon).
-        return (output, None) if self._returns_tuple else output
+        return (output, None) if self._returns_tuple and not is_direct else output
 
     def _run(self, hidden: Tensor, call: BlockCall) -> Tensor:
         if call.session is not None:
