@@ -39,7 +39,7 @@ from petals_core.models.split import (
     load_client_half,
     load_span,
 )
-from petals_core.testing.factories import FAMILIES, edit_config, make_checkpoint
+from petals_core.testing.factories import FAMILIES, edit_config, make_checkpoint, make_config
 
 NUM_BLOCKS = 6
 CUTS = [(0, 1), (1, 4), (4, 6)]
@@ -366,6 +366,12 @@ def test_what_can_not_be_split_is_refused_in_one_line(config: Any, message: str)
     with pytest.raises(UnsupportedModelError, match=message) as raised:
         find_architecture(config)
     one_line(raised)
+
+
+@pytest.mark.parametrize("multiplier", [12, 0.25])
+def test_what_multiplies_embeddings_is_found(multiplier: float) -> None:
+    architecture = find_architecture(make_config("granite", embedding_multiplier=multiplier))
+    assert architecture.multipliers == ("embedding_multiplier",)
 
 
 def test_devices_that_are_not_here() -> None:

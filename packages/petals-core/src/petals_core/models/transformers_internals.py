@@ -370,12 +370,14 @@ def find_surroundings(model: PreTrainedModel, block_path: str, hidden_size: int)
 
 
 def _find_multipliers(model: nn.Module, factor: float) -> tuple[str, ...]:
-    """Attributes of the model's modules that have the value of a factor."""
+    """Attributes of the model's modules that have the value of a factor and are named like one."""
     return tuple(
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if isinstance(value, float) and abs(value - factor) < 1e-5 * abs(factor)
+        if ("multiplier" in name or "scal" in name)
+        and isinstance(value, (int, float))
+        and abs(value - factor) < 1e-5 * abs(factor)
     )
 
 
