@@ -62,25 +62,50 @@ def bootstrap(
     ] = None,
     swarm_key_file: SwarmKeyFile = None,
     initial_peers: InitialPeers = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where the node writes down whom it knows. Default: one kept for this user and port."
+        ),
+    ] = None,
+    max_requests_per_s: Annotated[
+        int, typer.Option(min=10, max=1_000_000, metavar="N", help="Requests answered each second, of all together.")
+    ] = 5000,
+    max_requests_per_source_per_s: Annotated[
+        int, typer.Option(min=10, max=1_000_000, metavar="N", help="The same, for each address.")
+    ] = 200,
+    status: Annotated[bool, typer.Option("--status", help="Tell how the node runs that was started so.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --status: print JSON for programs.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a node that others join a swarm by, until Ctrl-C.
 
     It prints one line with the address to give to the others. Swarms with several such nodes survive the loss of one:
-    start the second with --initial-peers of the first. UDP has to reach the port through firewalls and NAT.
+    start the second with --initial-peers of the first. UDP has to reach the port through firewalls and NAT. The node
+    keeps its identity and the nodes that it knows, so it finds its swarm again after a restart.
     """
-    from petals_core.identity import Identity
+    from petals_core.identity import Identity, data_folder
     from petals_core.net.loop import run
     from petals_dht.bootstrap import run_bootstrap
+    from petals_dht.rates import Rate
+    from petals_dht.responder import NodeLimits
 
     if announce_host is not None:
         Address(announce_host, port or DEFAULT_PORT)
     swarm_key = _read_key(swarm_key_file)
+    state = state or data_folder() / f"bootstrap-{port}.json"
+    if status:
+        _print_status(state, swarm_key, as_json=as_json)
+        return
+    if as_json:
+        raise ConfigurationError("--json goes with --status: a node that runs prints one line")
     peers = parse_connectable_addresses(initial_peers or (), option="--initial-peers")
     own = Identity.load(identity) if identity is not None else Identity.default("bootstrap")
 
-    def tell(address: Address) -> None:
+    def tell(address: Address, num_known: int) -> None:
         typer.echo(f"Ready. Others join with --initial-peers {address}")
+        if num_known:
+            stderr_console().print(f"{num_known} nodes of the swarm are known.")
 
     try:
         run(
@@ -91,6 +116,11 @@ def bootstrap(
                 announce_host=announce_host,
                 swarm_key=swarm_key,
                 initial_peers=peers,
+                state_file=state,
+                limits=NodeLimits(
+                    request_rate=Rate(per_s=max_requests_per_source_per_s, burst=10 * max_requests_per_source_per_s),
+                    total_request_rate=Rate(per_s=max_requests_per_s, burst=4 * max_requests_per_s),
+                ),
                 on_ready=tell,
             )
         )
@@ -98,6 +128,20 @@ def bootstrap(
         return
     finally:
         own.release()
+
+
+def _print_status(state: Path, swarm_key: SwarmKey | None, *, as_json: bool) -> None:
+    import time
+
+    from petals_core.net.loop import run
+    from petals_dht.bootstrap import ask_status, describe_status
+
+    record, round_trip_s = run(ask_status(state, swarm_key))
+    if as_json:
+        typer.echo(json.dumps(record.to_json(round_trip_s=round_trip_s), indent=2))
+        return
+    for line in describe_status(record, round_trip_s, now_s=time.time()):
+        typer.echo(line)
 
 
 @app.command()

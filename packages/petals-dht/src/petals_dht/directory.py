@@ -22,6 +22,7 @@ from petals_dht.node import Node, NodeTiming
 from petals_dht.overview import ModelSummary
 from petals_dht.protocol import Reach
 from petals_dht.responder import NodeLimits
+from petals_dht.storage import StorageLimits
 
 _MAX_CHECKERS = 3
 _CHECK_TIMEOUT_S = 8.0
@@ -91,9 +92,11 @@ class Directory:
         swarm_key: SwarmKey | None = None,
         is_client: bool = False,
         initial_peers: Sequence[Address] = (),
+        contacts: Sequence[Contact] = (),
         timeout_s: float = 20.0,
         reach: Reach | None = None,
         limits: NodeLimits | None = None,
+        storage_limits: StorageLimits | None = None,
         timing: NodeTiming | None = None,
         clock: Callable[[], float] = time.time,
     ) -> Self:
@@ -111,9 +114,11 @@ class Directory:
             swarm_key=swarm_key,
             is_client=is_client,
             initial_peers=initial_peers,
+            contacts=contacts,
             join_timeout_s=timeout_s,
             reach=reach,
             limits=limits,
+            storage_limits=storage_limits,
             timing=timing,
             clock=clock,
         )

@@ -32,6 +32,7 @@ from petals_dht.verification import Verifier, untimely_by_s
 log = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
+_RESTORE_PATIENCE_S = 4.0
 _MIN_PATIENCE_S = 0.25
 _MIN_READING_PATIENCE_S = 0.5
 
@@ -91,6 +92,7 @@ class Node:
         swarm_key: SwarmKey | None = None,
         is_client: bool = False,
         initial_peers: Sequence[Address] = (),
+        contacts: Sequence[Contact] = (),
         join_timeout_s: float = 20.0,
         reach: Reach | None = None,
         limits: NodeLimits | None = None,
@@ -100,7 +102,8 @@ class Node:
     ) -> Self:
         """Listen on UDP ``host:port`` (or on ``sock``, a bound UDP socket that is closed with the node) and join.
 
-        Without initial peers the node is the first of a swarm. ``host`` None is every address of the machine.
+        ``contacts`` are nodes known from before: if one of them answers, initial peers need not.
+        Without either the node is the first of a swarm. ``host`` None is every address of the machine.
         ``clock`` gives Unix time in seconds. ``reach`` lets the node check for others whether they can be reached.
 
         Raises:
@@ -148,7 +151,8 @@ class Node:
             clock=clock,
         )
         try:
-            await node.join(timeout_s=join_timeout_s)
+            if not (contacts and await node.restore(contacts)):
+                await node.join(timeout_s=join_timeout_s)
         except BaseException:
             await node.close()
             raise
@@ -185,6 +189,27 @@ class Node:
                 "reaches its port, that both sides use the same swarm key or none, and that their clocks agree"
             ) from None
         await self.nearest_nodes(self.protocol.own.id)
+
+    async def restore(self, contacts: Sequence[Contact]) -> bool:
+        """Greet nodes known from before; True as soon as one answers. The others are greeted in the background."""
+        outcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        async def greet(contact: Contact) -> None:
+            if await self.protocol.call_ping(contact) is not None and not outcome.done():
+                outcome.set_result(True)
+
+        async def greet_all() -> None:
+            try:
+                await asyncio.gather(*(greet(contact) for contact in contacts))
+            finally:
+                if not outcome.done():
+                    outcome.set_result(False)
+            await self.maintain()
+            await self.nearest_nodes(self.protocol.own.id)
+
+        self.protocol.spawn(greet_all())
+        done, _ = await asyncio.wait((outcome,), timeout=_RESTORE_PATIENCE_S)
+        return bool(done) and outcome.result()
 
     async def _greet(self, peers: Iterable[Address], reasons: dict[Address, str]) -> bool:
         """Ping all at once, by address only; True as soon as one of them is known."""
@@ -413,6 +438,12 @@ class Node:
             if may_be_told(contact, by=answer.contact.host)
             and (6 if ":" in contact.host else 4) in self.protocol.families
         ]
+
+    def num_answering(self) -> int:
+        """Contacts that answered lately."""
+        since_s = asyncio.get_running_loop().time() - self._timing.silence_s
+        answered_at_s = self.protocol.answered_at_s
+        return sum(answered_at_s.get(contact.id, 0.0) > since_s for contact in self.protocol.router.contacts())
 
     def suspected_clock_offset_s(self) -> float | None:
         """By how much this machine's clock seems to be behind (positive) or ahead; None if nothing speaks for that.

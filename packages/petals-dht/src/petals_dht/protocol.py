@@ -95,6 +95,8 @@ class DirectoryProtocol(KademliaProtocol):
         self.is_client = is_client
         self.families = families
         self.dropped: Counter[str] = Counter()
+        self.num_requests = 0
+        """Requests of others that were answered."""
         self.max_sent_bytes = 0
         self.answered_at_s: dict[bytes, float] = {}
         """When a contact last answered, by loop time."""
@@ -114,6 +116,7 @@ class DirectoryProtocol(KademliaProtocol):
         """The slowest of the recent answers, older ones counting less."""
         self._pending: dict[bytes, _Pending] = {}
         self._request_rates = RateLimiter(limits.request_rate)
+        self._total_rate = RateLimiter(limits.total_request_rate)
         self._reach_rates = RateLimiter(limits.reach_rate)
         self._tokens = Tokens(os.urandom(32))
         self._responder = Responder(storage, self.router, limits, self._tokens)
@@ -311,9 +314,12 @@ class DirectoryProtocol(KademliaProtocol):
             raise DatagramError("client")
         if not self._request_rates.admit(source_group(source.host), now_s=self._loop.time()):
             raise DatagramError("rate")
+        if not self._total_rate.admit("", now_s=self._loop.time()):
+            raise DatagramError("busy")
         request = messages.decode_request(datagram.body)
         if datagram.destination is None and not isinstance(request, Ping):
             raise DatagramError("no destination")
+        self.num_requests += 1
         if isinstance(request, CheckReachable):
             self._start_reach(datagram, source, request)
         else:

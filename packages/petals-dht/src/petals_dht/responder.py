@@ -27,6 +27,8 @@ class NodeLimits:
     bucket_size: int = 20
     """Kademlia's k: contacts per bucket, and nodes that keep an announcement."""
     request_rate: Rate = field(default=Rate(per_s=200, burst=2000))
+    total_request_rate: Rate = field(default=Rate(per_s=5000, burst=20_000))
+    """Of all sources together, so that a forged crowd can't make this node flood others with answers."""
     store_rate: Rate = field(default=Rate(per_s=50, burst=500))
     reach_rate: Rate = field(default=Rate(per_s=0.2, burst=5))
     max_reaches: int = 8
