@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from petals_client import AutoDistributedModelForCausalLM, ClientOptions
 from petals_core.errors import (
@@ -28,21 +27,25 @@ from petals_core.testing.factories import make_checkpoint
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module")
-def swarm(shared_swarm: Any) -> Any:
-    return shared_swarm("llama")
+@pytest.fixture(scope="module", params=["llama", "bloom", "demo"])
+def pair(request: pytest.FixtureRequest, pairs: Any) -> Any:
+    """A distributed model and the same as Transformers loads it."""
+    return pairs(request.param)
 
 
 @pytest.fixture(scope="module")
-def model(swarm: Any, checkpoints: Any) -> Iterator[Any]:
-    model = AutoDistributedModelForCausalLM.from_pretrained(checkpoints("llama"), initial_peers=swarm.initial_peers)
-    yield model
-    model.close()
+def swarm(pairs: Any) -> Any:
+    return pairs("llama").swarm
 
 
 @pytest.fixture(scope="module")
-def local(checkpoints: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoints("llama")).eval()
+def model(pairs: Any) -> Any:
+    return pairs("llama").model
+
+
+@pytest.fixture(scope="module")
+def local(pairs: Any) -> Any:
+    return pairs("llama").local
 
 
 def prompt(seed: int, rows: int = 1, width: int = 6) -> torch.Tensor:
@@ -52,7 +55,8 @@ def prompt(seed: int, rows: int = 1, width: int = 6) -> torch.Tensor:
 # --- several calls ----------------------------------------------------------------------------------------------------
 
 
-def test_new_tokens_alone_and_none_to_go_on(model: Any, local: Any, swarm: Any) -> None:
+def test_new_tokens_alone_and_none_to_go_on(pair: Any) -> None:
+    model, local = pair.both
     first, second = prompt(0), prompt(1, width=3)
     with model.inference_session(max_length=40) as session:
         one = model.generate(first, max_new_tokens=4, **GREEDY)
@@ -65,10 +69,11 @@ def test_new_tokens_alone_and_none_to_go_on(model: Any, local: Any, swarm: Any) 
     assert torch.equal(torch.cat([one, two], dim=1), expected)
     expected = local.generate(torch.cat([expected, second], dim=1), max_new_tokens=5, **GREEDY)
     assert torch.equal(torch.cat([one, two, three], dim=1), expected)
-    swarm.wait_for_sessions(0)
+    pair.swarm.wait_for_sessions(0)
 
 
-def test_truncate_between_calls(model: Any, local: Any) -> None:
+def test_truncate_between_calls(pair: Any) -> None:
+    model, local = pair.both
     first, second = prompt(2, rows=2, width=7), prompt(3, rows=2, width=2)
     mask = torch.ones_like(first)
     mask[0, :3] = 0
@@ -87,7 +92,8 @@ def test_truncate_between_calls(model: Any, local: Any) -> None:
     assert torch.equal(back, whole[:, 7:])
 
 
-def test_whole_sequences_with_the_sessions_cache(model: Any, local: Any) -> None:
+def test_whole_sequences_with_the_sessions_cache(pair: Any) -> None:
+    model, local = pair.both
     with model.inference_session(max_length=40) as session:
         one = model.generate(prompt(4), past_key_values=session.cache, max_new_tokens=4, **GREEDY)
         steps = len(session.trace())
@@ -103,7 +109,8 @@ def test_whole_sequences_with_the_sessions_cache(model: Any, local: Any) -> None
 
 
 @torch.no_grad()
-def test_the_models_forward_in_a_session(model: Any, local: Any) -> None:
+def test_the_models_forward_in_a_session(pair: Any) -> None:
+    model, local = pair.both
     tokens = prompt(7, rows=2, width=9)
     expected = local(tokens).logits
     with model.inference_session(max_length=9) as session:
@@ -115,8 +122,9 @@ def test_the_models_forward_in_a_session(model: Any, local: Any) -> None:
 
 
 @torch.no_grad()
-def test_steps_with_pads_on_either_side(model: Any, local: Any) -> None:
+def test_steps_with_pads_on_either_side(pair: Any) -> None:
     """The next tokens of a batch whose earlier steps had pads in different places."""
+    model, local = pair.both
     tokens = prompt(8, rows=2, width=9)
     mask = torch.ones_like(tokens)
     mask[0, :2] = 0
@@ -132,7 +140,8 @@ def test_steps_with_pads_on_either_side(model: Any, local: Any) -> None:
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
-def test_drafts_in_a_session(model: Any, local: Any) -> None:
+def test_drafts_in_a_session(pair: Any) -> None:
+    model, local = pair.both
     with model.inference_session(max_length=24):
         one = model.generate(prompt(9, width=12), max_new_tokens=6, prompt_lookup_num_tokens=4, **GREEDY)
         two = model.generate(None, max_new_tokens=6, prompt_lookup_num_tokens=4, **GREEDY)
@@ -275,25 +284,56 @@ def test_an_interrupt_leaves_nothing(new_swarm: Any, checkpoints: Any, tmp_path:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_after_a_fork(model: Any, swarm: Any) -> None:
-    """As a worker of a DataLoader would: parent and child use the model, each with connections of its own."""
-    before = model.generate(prompt(0), max_new_tokens=3, **GREEDY)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            result = model.generate(prompt(0), max_new_tokens=3, **GREEDY)
-            os.write(writing, bytes([torch.equal(result, before)]))
-        finally:
-            os._exit(0)
-    os.close(writing)
-    during = model.generate(prompt(0), max_new_tokens=3, **GREEDY)
-    with os.fdopen(reading, "rb") as answer:
-        assert answer.read() == b"\x01", "the child got another result, or none"
-    os.waitpid(child, 0)
-    assert torch.equal(during, before)
-    assert torch.equal(model.generate(prompt(0), max_new_tokens=3, **GREEDY), before)
+    """Parent and child use the model, each with connections of its own; an open session stays with the parent."""
+    with model.inference_session(max_length=20) as session:
+        before = model.generate(prompt(0), max_new_tokens=3, **GREEDY)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)
+                with pytest.raises(InvalidRequestError, match="opened before this process was forked"):
+                    model.generate(None, max_new_tokens=1, **GREEDY)
+                session.close()
+                with model.inference_session(max_length=20):
+                    result = model.generate(prompt(0), max_new_tokens=3, **GREEDY)
+                os.write(writing, bytes([torch.equal(result, before)]))
+            finally:
+                os._exit(0)
+        os.close(writing)
+        during = model.generate(None, max_new_tokens=3, **GREEDY)
+        with os.fdopen(reading, "rb") as answer:
+            assert answer.read() == b"\x01", "the child got another result, or none"
+        os.waitpid(child, 0)
+    whole = model.generate(prompt(0), max_new_tokens=6, **GREEDY)
+    assert torch.equal(torch.cat([before, during], dim=1), whole)
     swarm.wait_for_sessions(0)
+
+
+class Embedded(torch.utils.data.Dataset[torch.Tensor]):
+    """Prompts whose hidden states are computed by workers of a DataLoader."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(prompt(index)).logits[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_workers_of_a_data_loader(model: Any, local: Any) -> None:
+    data = Embedded(model)
+    assert len(data[0]) == 6  # connected before the fork
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork")
+    batches = torch.cat(list(loader))
+    with torch.no_grad():
+        expected = local(torch.cat([prompt(index) for index in range(4)])).logits
+    torch.testing.assert_close(batches, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

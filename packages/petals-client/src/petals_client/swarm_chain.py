@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
 from petals_client.training import TrainingRun, TrainingTrace
+from petals_core.errors import InvalidRequestError
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.split import block_count
 from petals_core.routing.graph import Chain
@@ -202,6 +204,7 @@ class SwarmChainSession:
         self._thread = thread
         self._session = session
         self._options = options
+        self._process_id = os.getpid()
 
     @property
     def chain(self) -> Chain:
@@ -210,6 +213,11 @@ class SwarmChainSession:
 
     def step(self, hidden: Tensor, request: StepRequest) -> Tensor:
         """See ``ChainSession.step``. Parts of a long prompt follow each other through the chain."""
+        if os.getpid() != self._process_id:
+            raise InvalidRequestError(
+                "this session was opened before this process was forked, and stays with the parent: "
+                "open another one here with model.inference_session()"
+            )
         if hidden.shape[0] <= self._options.max_tokens_per_request:
             return decode_states(self._thread.run(self._session.step([(request, encode_states(hidden))]))[0])
         parts = split_columns(request, self._options.max_tokens_per_request)
