@@ -63,6 +63,13 @@ class ColumnLedger:
         self.num_columns += num_new
         self.row_lengths = [length + count for length, count in zip(self.row_lengths, row_tokens, strict=True)]
 
+    def count_within(self, num_columns: int) -> list[int]:
+        """Tokens of each row in the first ``num_columns`` columns."""
+        if self._valid_RC is None:
+            return [num_columns] * self.num_rows
+        counts: list[int] = self._valid_RC[:, :num_columns].sum(axis=1).tolist()
+        return counts
+
     def valid(self) -> NDArray[np.bool_]:
         """Which of the columns hold a token: bool [R, C]."""
         if self._valid_RC is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +39,7 @@ from petals_server.config import ServerLimits
 from petals_server.engine import Engine, Work
 from petals_server.execution import EncodedStates, ForwardWork, PackedStates, SessionState, StepWork
 from petals_server.loading import ServedModel
+from petals_server.positions import check_positions
 from petals_server.scheduling import Urgency
 from petals_server.sessions import SessionTable
 from petals_server.training_requests import TrainingRequests
@@ -159,6 +159,11 @@ class RequestHandler:
         if not isinstance(step, Step):
             raise InvalidRequestError(f"a session takes steps, not {type(step).__name__}")
         states = check_step(step, message, session)
+        if self.model.max_positions is not None:
+            lengths = session.ledger.count_within(step.keep)
+            if step.row_order is not None:
+                lengths = [lengths[row] for row in step.row_order]
+            check_positions(step.row_tokens, step.position_runs, self.model.max_positions, row_lengths=lengths)
         num_columns = step.keep + max(step.row_tokens)
         work = StepWork(
             session,
@@ -186,7 +191,7 @@ class RequestHandler:
     async def _serve_forward(self, stream: Stream, request: Forward, message: Message) -> None:
         arrived_s = time.monotonic()
         span = await self._find_span(request.fingerprint, request.start, request.end)
-        self._check_size(request.row_tokens)
+        self._check_size(request)
         work: Work[EncodedStates] = ForwardWork(
             span,
             self.model.threads,
@@ -208,7 +213,7 @@ class RequestHandler:
     async def _serve_training_forward(self, stream: Stream, request: Forward, message: Message) -> None:
         arrived_s = time.monotonic()
         span = await self._find_span(request.fingerprint, request.start, request.end)
-        self._check_size(request.row_tokens)
+        self._check_size(request)
         work, results, is_kept = await self.training.forward(
             stream.peer_id, request, message, span, arrived_s=arrived_s
         )
@@ -226,7 +231,7 @@ class RequestHandler:
     async def _serve_backward(self, stream: Stream, request: Backward, message: Message) -> None:
         arrived_s = time.monotonic()
         span = await self._find_span(request.fingerprint, request.start, request.end)
-        self._check_size(request.row_tokens)
+        self._check_size(request)
         work, results = await self.training.backward(stream.peer_id, request, message, span, arrived_s=arrived_s)
         await stream.send(
             BackwardResult(
@@ -238,8 +243,10 @@ class RequestHandler:
             end=True,
         )
 
-    def _check_size(self, row_tokens: Sequence[int]) -> None:
-        """Raise ``InvalidRequestError`` if a request without a session is too large for this server."""
+    def _check_size(self, request: Forward | Backward) -> None:
+        """Raise ``InvalidRequestError`` if a request without a session is too large for this server or model."""
+        row_tokens = request.row_tokens
+        check_positions(row_tokens, request.position_runs, self.model.max_positions)
         num_tokens = sum(row_tokens)
         if num_tokens > self._limits.max_forward_tokens:
             raise InvalidRequestError(

@@ -19,6 +19,7 @@ from petals_core.models.hashes import ProgressCallback
 from petals_core.models.split import Span, block_count, check_device, find_architecture, load_span
 from petals_server import memory, threads
 from petals_server.config import ServerConfig
+from petals_server.positions import find_max_positions
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class ServedModel:
     """Tokens, pads included, that are computed in one go."""
     max_scores: int
     """Pairs of a token and one that it attends to, that are computed in one go: they may all be in memory at once."""
+    max_positions: int | None
+    """Position ids that the model can look up; None: any."""
 
 
 def open_model(config: ServerConfig, progress: ProgressCallback | None = None) -> OpenedModel:
@@ -144,6 +147,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         threads=plan,
         max_scores=memory.choose_max_scores(span, free),
         max_turn_tokens=_MAX_TURN_TOKENS.get(opened.device.type, _MAX_TURN_TOKENS_ELSEWHERE),
+        max_positions=find_max_positions(span),
     )
 
 
