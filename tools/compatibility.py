@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +93,7 @@ def main() -> int:
     if unknown := set(ends) - set(ENDS):
         parser.error(f"no such end: {', '.join(sorted(unknown))}")
     environment.enter("--all-groups")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see tools/test.py
     outcomes = [run_tests(end, make_environment(end), arguments.pytest.split()) for end in ends]
     print("\n| date | Python | torch | Transformers | tests |\n|---|---|---|---|---|")
     for outcome in outcomes:

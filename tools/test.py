@@ -7,6 +7,7 @@ Makes the environment first where it is missing. Options go to pytest as they ar
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import environment
@@ -20,6 +21,7 @@ def main() -> None:
     # One thread each: the tests are many small computations, and idle OpenMP threads spin.
     variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_ENDPOINT": NO_HUB, **os.environ}
     os.chdir(environment.ROOT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts this in the background has it ignored
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "pytest", *sys.argv[1:]], variables)
 
