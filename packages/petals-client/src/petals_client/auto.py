@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from petals_client.options import ClientOptions
+from petals_client.options import ClientOptions, as_choice
 from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError, InvalidRequestError
 
@@ -47,6 +48,8 @@ class _AutoDistributed:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         config: PreTrainedConfig | None = None,
+        allowed_quantization: str | Sequence[str] | None = None,
+        allowed_dtypes: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
         options: ClientOptions | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -60,6 +63,9 @@ class _AutoDistributed:
             device_map: the device of the client's part: a name such as ``"cuda"``, or ``{"": device}``.
             config: instead of the checkpoint's own (a classifier's labels, say); what is not known by name here goes to
                 the config too, as in Transformers (``num_labels=3``).
+            allowed_quantization: forms of weights that servers may run, ``["none", "int8"]`` for example; by default
+                any, and what is lossy is said.
+            allowed_dtypes: what servers may compute in, ``["float32"]`` for example; by default anything.
             options: time limits and the like.
 
         Returns:
@@ -77,6 +83,10 @@ class _AutoDistributed:
         )
         config = cls._configure(checkpoint, config, kwargs)
         options = options or ClientOptions.make(initial_peers=initial_peers, swarm_key_file=swarm_key_file)
+        if allowed_quantization is not None:
+            options = replace(options, allowed_quantization=as_choice(allowed_quantization))
+        if allowed_dtypes is not None:
+            options = replace(options, allowed_dtypes=as_choice(allowed_dtypes))
         from petals_client.swarm_chain import SwarmChain
 
         if dtype is None:

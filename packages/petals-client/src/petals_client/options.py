@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from petals_core.addresses import Address
+from petals_core.announcement import DTYPES, QUANTIZATIONS, Announcement
 from petals_core.errors import ConfigurationError
 from petals_core.limits import MIB
 from petals_core.swarm_key import SwarmKey
 
+ACTIVATION_CODECS = ("float32", "float16", "bfloat16", "int8")
 GRADIENT_ENCODINGS = ("float32", "float16", "bfloat16", "int8")
 
 
@@ -38,12 +40,25 @@ class ClientOptions:
     """Tokens of one forward or backward in training that are under way at once, which bounds the client's memory."""
     gradient_encoding: str | None = None
     """How gradients travel: ``float16``, ``bfloat16`` or ``int8``, which loses precision; None: as they are."""
+    activation_codec: str | None = None
+    """How hidden states travel to and fro: ``float16``, ``bfloat16`` or ``int8``, which loses precision; None: exactly
+    as they are."""
+    allowed_quantization: tuple[str, ...] | None = None
+    """Forms of weights that servers may run (``none``, ``int8``, ``nf4``); None: any, and what is lossy is said."""
+    allowed_dtypes: tuple[str, ...] | None = None
+    """What servers may compute in (``float32``, ``bfloat16``); None: anything, and what differs is said."""
     history_bytes: int = 256 * MIB
     """Memory per session and server for what another server would need to take its place."""
     max_attempts: int = 4
     """Chains that are tried before a request fails."""
 
     def __post_init__(self) -> None:
+        if self.activation_codec not in (None, *ACTIVATION_CODECS):
+            raise ConfigurationError(
+                f"activation_codec {self.activation_codec!r} is none of {', '.join(ACTIVATION_CODECS)}"
+            )
+        for name, known in (("allowed_quantization", QUANTIZATIONS), ("allowed_dtypes", DTYPES)):
+            _check_choice(name, getattr(self, name), known)
         if self.gradient_encoding not in (None, *GRADIENT_ENCODINGS):
             raise ConfigurationError(
                 f"gradient_encoding {self.gradient_encoding!r} is none of {', '.join(GRADIENT_ENCODINGS)}"
@@ -77,3 +92,24 @@ class ClientOptions:
             swarm_key=None if swarm_key_file is None else SwarmKey.read(Path(swarm_key_file)),
             **settings,
         )
+
+    def excludes(self, announcement: Announcement) -> str | None:
+        """Say what of a server is not allowed, ``nf4 weights`` or ``float16``; None if all is."""
+        if self.allowed_quantization is not None and announcement.quantization not in self.allowed_quantization:
+            return (
+                "unquantized weights" if announcement.quantization == "none" else f"{announcement.quantization} weights"
+            )
+        if self.allowed_dtypes is not None and announcement.torch_dtype not in self.allowed_dtypes:
+            return announcement.torch_dtype
+        return None
+
+
+def _check_choice(name: str, chosen: object, known: tuple[str, ...]) -> None:
+    if chosen is not None and (not isinstance(chosen, tuple) or not chosen or not set(chosen) <= set(known)):
+        raise ConfigurationError(f"{name} {chosen!r} is not a choice of {', '.join(known)}")
+
+
+def as_choice(value: Any) -> tuple[str, ...]:
+    """A user's list of names or of torch's dtypes, or a single one, as options have it."""
+    items = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    return tuple(str(item).removeprefix("torch.") for item in items)

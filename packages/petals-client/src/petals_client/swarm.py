@@ -21,7 +21,7 @@ from petals_core.identity import Identity, PeerId
 from petals_core.net.dialer import Dialer, PeerConnection
 from petals_core.net.rpc import call
 from petals_core.routing.cost import estimate_cost
-from petals_core.routing.graph import Chain, Hop, find_gaps
+from petals_core.routing.graph import Chain, Hop, describe_blocks, find_gaps
 from petals_core.routing.planner import plan_chain
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import Forward, ForwardResult
@@ -43,8 +43,10 @@ class Swarm:
         fingerprint: str,
         num_blocks: int,
         torch_dtype: str,
+        quantization: str | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        """``quantization`` is how the checkpoint itself is stored, if it is quantized."""
         self.options = options
         self.model_name = model_name
         self.fingerprint = fingerprint
@@ -55,6 +57,7 @@ class Swarm:
         )
         self.health = HealthLedger()
         self._torch_dtype = torch_dtype
+        self._quantization = quantization
         self._rng = rng or random.Random()
         self._dialer = Dialer(
             identity=identity, swarm_key=options.swarm_key, connect_timeout_s=options.connect_timeout_s
@@ -79,13 +82,11 @@ class Swarm:
             MissingBlocksError: some blocks are held by no live server.
             NoPeersError: no peer of the swarm answers.
         """
-        usable = {signed.peer_id: signed for signed in await self.directory.servers() if signed.peer_id not in without}
+        usable = await self._usable(without)
         if find_gaps(((each.announcement.start, each.announcement.end) for each in usable.values()), start, end):
             # A server may have come a moment ago.
             await self.directory.refresh()
-            usable = {
-                signed.peer_id: signed for signed in await self.directory.servers() if signed.peer_id not in without
-            }
+            usable = await self._usable(without)
         await self._measure(usable)
         now_s = asyncio.get_running_loop().time()
         servers = [
@@ -101,9 +102,32 @@ class Swarm:
         try:
             chain = plan_chain(servers, start, end, model_name=self.model_name, rng=self._rng)
         except MissingBlocksError:
-            raise await self.directory.explain_missing(start, end) from None
+            raise await self._explain_missing(start, end) from None
         self._warn_of_dtypes(usable[hop.peer_id] for hop in chain)
         return chain, usable
+
+    async def _usable(self, without: Collection[PeerId]) -> dict[PeerId, SignedAnnouncement]:
+        return {
+            signed.peer_id: signed
+            for signed in await self.directory.servers()
+            if signed.peer_id not in without and self.options.excludes(signed.announcement) is None
+        }
+
+    async def _explain_missing(self, start: int, end: int) -> MissingBlocksError:
+        """Say whether it is the client's own demands that leave no chain."""
+        servers = await self.directory.servers()
+        spans = [(signed.announcement.start, signed.announcement.end) for signed in servers]
+        reasons = [self.options.excludes(signed.announcement) for signed in servers]
+        allowed = [span for span, reason in zip(spans, reasons, strict=True) if reason is None]
+        gaps = find_gaps(allowed, start, end)
+        if find_gaps(spans, start, end) or not gaps:
+            return await self.directory.explain_missing(start, end)
+        excluded = sorted({reason for reason in reasons if reason is not None})
+        return MissingBlocksError(
+            f"{describe_blocks(gaps)} of {self.model_name} can be had only from servers "
+            f"with {' and '.join(excluded)}, which allowed_quantization and allowed_dtypes exclude: allow more, or "
+            "start a server"
+        )
 
     async def connect(self, signed: SignedAnnouncement) -> PeerConnection:
         """Return a connection to a server.
@@ -229,7 +253,7 @@ class Swarm:
         for signed in chain:
             announcement = signed.announcement
             kind = announcement.torch_dtype
-            if announcement.quantization != "none":
+            if announcement.quantization not in ("none", self._quantization):
                 kind = f"{announcement.quantization} weights"
             if kind != self._torch_dtype and kind not in self._warned_dtypes:
                 self._warned_dtypes.add(kind)

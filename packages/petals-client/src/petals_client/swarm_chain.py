@@ -24,8 +24,9 @@ from petals_client.training import TrainingRun, TrainingTrace
 from petals_core.errors import InvalidRequestError
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.split import block_count
+from petals_core.models.transformers_quantization import stored_quantization
 from petals_core.routing.graph import Chain
-from petals_core.tensors.codec import decode, encode
+from petals_core.tensors.codec import Encoding, decode, encode
 
 T = TypeVar("T")
 
@@ -37,7 +38,16 @@ class SwarmChain:
     connections of its own when it first uses it; sessions do not go over into the child.
     """
 
-    def __init__(self, options: ClientOptions, *, model_name: str, fingerprint: str, num_blocks: int, torch_dtype: str):
+    def __init__(
+        self,
+        options: ClientOptions,
+        *,
+        model_name: str,
+        fingerprint: str,
+        num_blocks: int,
+        torch_dtype: str,
+        quantization: str | None = None,
+    ) -> None:
         self.options = options
         self.num_blocks = num_blocks
         self._make_swarm = lambda: Swarm(
@@ -46,6 +56,7 @@ class SwarmChain:
             fingerprint=fingerprint,
             num_blocks=num_blocks,
             torch_dtype=torch_dtype,
+            quantization=quantization,
         )
         self._swarm: Swarm | None = None
         self._thread = LoopThread(forget=_Forget(self))
@@ -70,6 +81,7 @@ class SwarmChain:
             fingerprint=checkpoint.fingerprint,
             num_blocks=block_count(checkpoint.config),
             torch_dtype=str(resolve_dtype(dtype, checkpoint)).removeprefix("torch."),
+            quantization=stored_quantization(checkpoint.config),
         )
         try:
             chain._thread.run(chain._refresh())
@@ -91,7 +103,7 @@ class SwarmChain:
     ) -> Tensor:
         """See ``Chain.forward``. Parts of a large batch are under way at once."""
         parts = split_rows(row_tokens, position_runs, self.options.max_tokens_per_request)
-        inputs = [encode_states(_take(hidden, part)) for part in parts]
+        inputs = [encode_states(_take(hidden, part), self.options) for part in parts]
 
         async def run() -> list[States]:
             swarm = await self._ensure_swarm()
@@ -219,9 +231,11 @@ class SwarmChainSession:
                 "open another one here with model.inference_session()"
             )
         if hidden.shape[0] <= self._options.max_tokens_per_request:
-            return decode_states(self._thread.run(self._session.step([(request, encode_states(hidden))]))[0])
+            return decode_states(
+                self._thread.run(self._session.step([(request, encode_states(hidden, self._options))]))[0]
+            )
         parts = split_columns(request, self._options.max_tokens_per_request)
-        inputs = [(step, encode_states(_take(hidden, part))) for step, part in parts]
+        inputs = [(step, encode_states(_take(hidden, part), self._options)) for step, part in parts]
         return _join(hidden, [part for _, part in parts], self._thread.run(self._session.step(inputs)))
 
     def trace(self) -> tuple[StepTrace, ...]:
@@ -233,9 +247,10 @@ class SwarmChainSession:
         self._thread.start_soon(self._session.close)
 
 
-def encode_states(hidden: Tensor) -> States:
-    """Describe hidden states [N, H] without a copy, if they are contiguous."""
-    spec, payload = encode(hidden)
+def encode_states(hidden: Tensor, options: ClientOptions) -> States:
+    """Describe hidden states [N, H], as they are without a copy if they are contiguous. Servers answer in kind."""
+    encoding = options.activation_codec
+    spec, payload = encode(hidden, encoding=None if encoding is None else Encoding(encoding))
     return States(spec=spec, payload=payload)
 
 
