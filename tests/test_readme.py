@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs as it is written, and its commands have the options that it names."""
+"""What README and guides show works: their Python runs as it is written, and their commands have the options named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import petals_dht.cli
 import petals_server.cli
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "docs/client.md")
+TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 DEMO = ROOT / "models" / "demo"
 APPS: dict[str, Any] = {
     "petals-client": petals_client.cli.app,
@@ -24,38 +25,50 @@ APPS: dict[str, Any] = {
 }
 
 
-def code_blocks(language: str) -> Iterator[str]:
-    yield from re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def code_blocks(document: str, language: str) -> Iterator[str]:
+    yield from re.findall(rf"^```{language}\n(.*?)^```$", TEXTS[document], re.MULTILINE | re.DOTALL)
 
 
 def command_lines() -> Iterator[list[str]]:
-    """Every command of ours in the README, without its comment."""
-    for block in code_blocks(""):
-        for line in block.splitlines():
-            words = line.partition(" #")[0].split()
-            if words and words[0] in APPS:
-                yield words
+    """Every command of ours in the documents, without its comment."""
+    for document in DOCUMENTS:
+        for block in code_blocks(document, ""):
+            for line in block.splitlines():
+                words = line.partition(" #")[0].split()
+                if words and words[0] in APPS:
+                    yield words
 
 
-def test_python_of_the_readme_runs(new_swarm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_runs(new_swarm: Any, document: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Block after block, so that a later one may use what earlier ones made."""
     swarm = new_swarm()
     swarm.add(DEMO, 0, 8, torch_dtype="bfloat16")
-    blocks = list(code_blocks("python"))
+    blocks = list(code_blocks(document, "python"))
     assert len(blocks) >= 2
+    names = {"__name__": "document"}
     for block in blocks:
         code = block.replace('"MODEL"', repr(str(DEMO))).replace("HOST:PORT", swarm.initial_peers[0])
-        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(code, document, "exec"), names)
     assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", list(command_lines()), ids=" ".join)
-def test_commands_of_the_readme_exist(words: list[str]) -> None:
+def test_commands_exist(words: list[str]) -> None:
     program, name, *arguments = words
     commands: dict[str, Any] = typer.main.get_command(APPS[program]).commands  # type: ignore[attr-defined]
     options = {option for parameter in commands[name].params for option in parameter.opts}
     assert {argument for argument in arguments if argument.startswith("--")} <= options
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_links_of_the_readme_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+def links() -> Iterator[tuple[str, str]]:
+    """Relative links outside of code."""
+    for document, text in TEXTS.items():
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        for target in sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", prose))):
+            yield document, target
+
+
+@pytest.mark.parametrize(("document", "target"), list(links()))
+def test_links_lead_somewhere(document: str, target: str) -> None:
+    assert ((ROOT / document).parent / target).exists()
