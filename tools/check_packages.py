@@ -1,4 +1,4 @@
-"""Build the four wheels, install the client's alone in a fresh environment, and see that it is complete and no more.
+"""Build the four wheels and install them in a fresh environment: first the client's, which is complete and no more.
 
 ``python3 tools/check_packages.py``; everything happens in a temporary folder.
 """
@@ -17,6 +17,7 @@ import environment
 MEMBERS = {"petals-core", "petals-dht", "petals-server", "petals-client"}
 CLIENT_NEEDS = {"petals-core", "petals-dht", "petals-client"}
 CLIENT_REFUSES = ("petals-server", "bitsandbytes")
+PROGRAMS = ("petals-client", "petals-dht", "petals-server")
 # Runs in the fresh environment, so with nothing but what the client's wheel asks for.
 PROBE = """
 import importlib.metadata, petals_client
@@ -54,6 +55,12 @@ def main() -> None:
         print(
             f"petals-client installs alone: {len(installed)} distributions, none of {', '.join(sorted(CLIENT_REFUSES))}"
         )
+
+        environment.uv("pip", "install", "--quiet", "--python", python, "petals-server", wheels=wheels)
+        for program in PROGRAMS:
+            usage = subprocess.check_output([Path(python).parent / program, "--help"], text=True, cwd=temporary)
+            assert program in usage, usage
+        print(f"petals-server installs too; {', '.join(PROGRAMS)} run")
 
 
 if __name__ == "__main__":
