@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from petals_core.errors import CheckpointError, DeviceError, InvalidRequestError
+from petals_core.models import transformers_caches as caches
 from petals_core.models import transformers_internals as internals
 from petals_core.models import transformers_quantization as quantizers
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
@@ -80,7 +81,7 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
     base_class = internals.base_class_of(config)
     internals.check_config(config, base_class)
     num_blocks = block_count(config)
-    is_recurrent = internals.is_recurrent(config)
+    is_recurrent = caches.is_recurrent(config)
     # The constructors write into their config, and a model is built in the dtype that its config names.
     config = copy.deepcopy(config)
     model = internals.build_on_meta(base_class, config)
@@ -201,7 +202,7 @@ class Span:
     @property
     def is_recurrent(self) -> bool:
         """Whether a block of this span keeps a state that :meth:`crop` can't cut back."""
-        return internals.is_recurrent(self.config)
+        return caches.is_recurrent(self.config)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -274,7 +275,7 @@ class Span:
             **kwargs,
         )
         if cache is not None:
-            internals.note_tokens(cache, hidden_BTH.shape[1])
+            caches.note_tokens(cache, hidden_BTH.shape[1])
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
@@ -302,7 +303,7 @@ class Span:
 
     def new_cache(self) -> Cache:
         """An empty attention cache for this span, which keeps all tokens even where the model has windows."""
-        return internals.new_cache(self.config)
+        return caches.new_cache(self.config)
 
     def crop(self, cache: Cache, num_tokens: int) -> None:
         """Forget all but the first ``num_tokens`` tokens of a cache.
@@ -313,22 +314,22 @@ class Span:
         Raises:
             InvalidRequestError: the cache has fewer.
         """
-        internals.crop_cache(cache, num_tokens)
+        caches.crop_cache(cache, num_tokens)
 
     def copy_states(self, cache: Cache, rows: torch.Tensor | None = None) -> list[torch.Tensor | None]:
         """Copies of a cache's recurrent states, of ``rows`` (int64) or of all; None for what is still zero."""
-        return internals.copy_states(cache, rows)
+        return caches.copy_states(cache, rows)
 
     def put_states(self, cache: Cache, copies: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:
         """Put copies of recurrent states back in the place of those that the cache has now."""
-        internals.put_states(cache, copies, rows)
+        caches.put_states(cache, copies, rows)
 
     @torch.inference_mode()
     def measure_cache_bytes(self) -> tuple[int, int]:
         """Memory of one token in a cache, and of what each row takes beside its tokens, measured by computing one."""
         cache = self.new_cache()
         self(torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device), cache=cache)
-        return internals.cache_bytes(cache)
+        return caches.cache_bytes(cache)
 
 
 def load_span(

@@ -21,18 +21,13 @@ import torch
 from torch import nn
 
 from petals_core.errors import CheckpointError, InvalidRequestError, NotEnoughMemoryError, UnsupportedModelError
+from petals_core.models import transformers_caches as caches
 from petals_core.models.transformers_quantization import shared_modules
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from petals_core.models.checkpoint import Checkpoint, LazyTensor
-
-_ATTENTION_TYPES: Final = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Blocks whose state is keys and values per token, so that a cache can be cut back to any length."""
-_RECURRENT_TYPES: Final = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
-"""Blocks with a state of fixed size (of a convolution, of a recurrence), beside keys and values or alone."""
-_STATELESS_TYPES: Final = frozenset({"mlp", "moe"})
 
 CONTINUED_BY_TOKENS: Final[dict[str, str]] = {
     "jamba": "its scan over several tokens begins with an empty state, whatever the cache holds",
@@ -74,25 +69,7 @@ def check_config(config: PreTrainedConfig, base_class: type[PreTrainedModel]) ->
         raise UnsupportedModelError(
             f"{name} keeps its state in a cache of its own kind and can't be served in sessions: choose another model"
         )
-    types = layer_types(config)
-    others = types - _ATTENTION_TYPES - _RECURRENT_TYPES - _STATELESS_TYPES
-    if others:
-        raise UnsupportedModelError(
-            f"{name} has blocks of type {', '.join(sorted(others))}, whose state is of an unknown kind: "
-            "choose another model"
-        )
-    if getattr(base_class, "_is_stateful", False) and not types & _RECURRENT_TYPES:
-        raise UnsupportedModelError(f"{name} keeps a recurrent state of an unknown kind: choose another model")
-
-
-def layer_types(config: PreTrainedConfig) -> frozenset[str]:
-    """The kinds of blocks that a config names; none where all are plain attention."""
-    return frozenset(getattr(config, "layer_types", None) or ())
-
-
-def is_recurrent(config: PreTrainedConfig) -> bool:
-    """Whether any block has a state that can't be cut back to fewer tokens."""
-    return not layer_types(config).isdisjoint(_RECURRENT_TYPES)
+    caches.check_layer_types(config, is_stateful=bool(getattr(base_class, "_is_stateful", False)))
 
 
 def build_on_meta(base_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -342,7 +319,10 @@ def find_surroundings(model: PreTrainedModel, block_path: str, hidden_size: int)
         try:
             with torch.inference_mode():
                 output: torch.Tensor = model(
-                    inputs_embeds=hidden, past_key_values=new_cache(model.config), use_cache=True, return_dict=True
+                    inputs_embeds=hidden,
+                    past_key_values=caches.new_cache(model.config),
+                    use_cache=True,
+                    return_dict=True,
                 ).last_hidden_state
         except Exception as error:
             raise UnsupportedModelError(
@@ -554,133 +534,3 @@ def fuse_experts(model: PreTrainedModel, tensors: MutableMapping[str, LazyTensor
                 for name in column:
                     del tensors[name]
             tensors[target] = FusedTensor(target, parts, wanted[target].shape, wanted[target].dtype)
-
-
-# --- caches -----------------------------------------------------------------------------------------------------------
-
-
-def new_cache(config: PreTrainedConfig) -> Cache:
-    """A cache that keeps every token of every block, whatever windows the model has; masks do the windows.
-
-    Without a config ``DynamicCache`` makes plain layers. Its sliding layers forget what leaves the window, which could
-    not be cut back. Blocks with a recurrent state get the layers that Transformers has for them.
-    """
-    from transformers import DynamicCache
-
-    return _recurrent_cache_class()(config) if is_recurrent(config) else DynamicCache()
-
-
-@functools.cache
-def _recurrent_cache_class() -> Any:
-    """Made when it is first wanted, because importing ``Cache`` takes seconds."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import (
-        DynamicLayer,
-        DynamicSlidingWindowLayer,
-        LinearAttentionAndFullAttentionLayer,
-        LinearAttentionCacheLayerMixin,
-    )
-
-    class RecurrentCache(DynamicCache):
-        """A cache of which some layers hold states of fixed size, and that counts its tokens itself.
-
-        A span may have no layer with keys, and Transformers tells the length by these.
-        """
-
-        def __init__(self, config: PreTrainedConfig) -> None:
-            super().__init__(config=config)
-            self.num_tokens = 0
-            for index, layer in enumerate(self.layers):
-                if isinstance(layer, DynamicSlidingWindowLayer):
-                    is_hybrid = isinstance(layer, LinearAttentionCacheLayerMixin)
-                    self.layers[index] = LinearAttentionAndFullAttentionLayer() if is_hybrid else DynamicLayer()
-
-        def get_seq_length(self, layer_idx: int = 0) -> int:
-            return self.num_tokens
-
-        def get_query_offset(self, layer_idx: int = 0) -> int:
-            return self.num_tokens
-
-        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-            return self.num_tokens + query_length, 0
-
-    return RecurrentCache
-
-
-def note_tokens(cache: Cache, num_tokens: int) -> None:
-    """Tell a cache that the model has added tokens to it."""
-    if hasattr(cache, "num_tokens"):
-        cache.num_tokens += num_tokens
-
-
-def crop_cache(cache: Cache, num_tokens: int) -> None:
-    """Forget all but the first ``num_tokens`` tokens. Recurrent states stay as they are: those are for ``put_states``.
-
-    ``crop`` took the length to keep, and takes the negative number of tokens to remove; the latter works everywhere.
-    ``reset`` is no way to keep none: in 5.17 it zeroes what is cached instead of forgetting it.
-    """
-    from transformers.cache_utils import DynamicLayer
-
-    num_cached = int(cache.get_seq_length())
-    if not 0 <= num_tokens <= num_cached:
-        raise InvalidRequestError(f"{num_tokens} tokens can't be kept of a cache that has {num_cached}")
-    if num_tokens < num_cached:
-        if not hasattr(cache, "num_tokens"):
-            cache.crop(num_tokens - num_cached)
-            return
-        for layer in cache.layers:
-            if isinstance(layer, DynamicLayer):
-                DynamicLayer.crop(layer, num_tokens - num_cached)
-        cache.num_tokens = num_tokens
-
-
-_STATES: Final = ("conv_states", "recurrent_states")
-"""Attributes of a cache's layer that hold a state of fixed size [R, ...]: a tensor, or a dict of several."""
-
-
-def _state_slots(cache: Cache) -> Iterator[tuple[dict[Any, Any], Any]]:
-    """Where the states of fixed size are: (dict, key)."""
-    for layer in cache.layers:
-        for name in _STATES:
-            value = getattr(layer, name, None)
-            if isinstance(value, dict):
-                yield from ((value, key) for key in value)
-            elif value is not None:
-                yield vars(layer), name
-
-
-def copy_states(cache: Cache, rows: torch.Tensor | None = None) -> list[torch.Tensor | None]:
-    """Copies of all states of fixed size, of ``rows`` or of all; None where there is none yet, which means zeros."""
-    copies: list[torch.Tensor | None] = []
-    for owner, key in _state_slots(cache):
-        state: torch.Tensor | None = owner[key]
-        copies.append(None if state is None else state.clone() if rows is None else state.index_select(0, rows))
-    return copies
-
-
-def put_states(cache: Cache, copies: list[torch.Tensor | None], rows: torch.Tensor | None = None) -> None:
-    """Put back what :func:`copy_states` gave. Zeros are how every recurrence begins."""
-    slots = list(_state_slots(cache))
-    padded = [*copies, *[None] * (len(slots) - len(copies))]
-    for (owner, key), copied in zip(slots, padded, strict=True):
-        state: torch.Tensor | None = owner[key]
-        if state is None:
-            continue
-        if rows is None:
-            state.copy_(torch.zeros((), dtype=state.dtype, device=state.device) if copied is None else copied)
-        elif copied is None:
-            state.index_fill_(0, rows, 0)
-        else:
-            state.index_copy_(0, rows, copied)
-
-
-def cache_bytes(cache: Cache) -> tuple[int, int]:
-    """Memory of a cache's keys and values, and of its states of fixed size."""
-    keys = sum(
-        int(tensor.nbytes)
-        for layer in cache.layers
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if tensor is not None
-    )
-    states = [owner[key] for owner, key in _state_slots(cache)]
-    return keys, sum(int(state.nbytes) for state in states if state is not None)
