@@ -5,6 +5,7 @@ What nodes of the directory refuse (forged, altered, expired and repeated) is te
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ from transformers import AutoModelForCausalLM
 from petals_client import AutoDistributedModelForCausalLM, ClientOptions
 from petals_core.addresses import Address
 from petals_core.announcement import Announcement, SignedAnnouncement
-from petals_core.errors import AuthenticationError, NoPeersError
+from petals_core.errors import AuthenticationError, NoPeersError, VersionMismatchError
 from petals_core.identity import Identity
+from petals_core.net.tls import listener_context
 from petals_core.swarm_key import SwarmKey
 from petals_core.testing.factories import make_checkpoint
+from petals_core.wire.hello import MAGIC, NONCE_BYTES
 from petals_dht.directory import Directory
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
@@ -46,8 +49,14 @@ def check_exact(model: Any, folder: Path) -> set[Any]:
         return {hop.peer_id for step in session.trace() for hop in step.hops}
 
 
-def announce(swarm: Any, identity: Identity, imitated: Any, start: int, end: int) -> None:
-    """Announce blocks of the imitated server's model at its address, under another identity."""
+async def close(server: asyncio.Server) -> None:
+    server.close()
+
+
+def announce(
+    swarm: Any, identity: Identity, imitated: Any, start: int, end: int, *, address: Address | None = None
+) -> None:
+    """Announce blocks of the imitated server's model at its address or another, under another identity."""
     now_s = time.time()
     announcement = Announcement(
         model_name=imitated.model.name,
@@ -55,7 +64,7 @@ def announce(swarm: Any, identity: Identity, imitated: Any, start: int, end: int
         num_blocks=imitated.model.num_blocks,
         start=start,
         end=end,
-        addresses=(imitated.address,),
+        addresses=(address or imitated.address,),
         state="online",
         torch_dtype="float32",
         issued_at_s=now_s,
@@ -101,6 +110,28 @@ def test_who_answers_in_the_place_of_another_is_not_used(new_swarm: Any, checkpo
     rest = swarm.add(folder, 4, 6)
     with distributed(folder, swarm) as model:
         assert check_exact(model, folder) == {server.peer_id, rest.peer_id}
+
+
+def test_a_server_of_another_protocol_version_is_named(new_swarm: Any, checkpoints: Any) -> None:
+    swarm = new_swarm()
+    folder = checkpoints("llama")
+    server = swarm.add(folder, 0, 4)
+    identity = Identity.ephemeral()
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(MAGIC + (8).to_bytes(2, "big") + (9).to_bytes(2, "big") + bytes(NONCE_BYTES))
+        await reader.read()
+        writer.close()
+
+    stranger = swarm.run(asyncio.start_server(greet, "127.0.0.1", 0, ssl=listener_context(identity)))
+    announce(swarm, identity, server, 4, 6, address=Address(*stranger.sockets[0].getsockname()))
+    with (
+        distributed(folder, swarm) as model,
+        pytest.raises(VersionMismatchError, match=rf"server {identity.peer_id.short} .* versions? 8"),
+    ):
+        model.generate(PROMPT, **GREEDY)
+    assert server.num_sessions == 0
+    swarm.run(close(stranger))
 
 
 def test_a_private_swarm_serves_only_who_knows_its_key(new_swarm: Any, checkpoints: Any, tmp_path: Path) -> None:

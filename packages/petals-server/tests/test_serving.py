@@ -175,6 +175,33 @@ def test_what_a_vanished_client_held_is_free_at_once(checkpoint: Path) -> None:
     run_clean(run())
 
 
+@pytest.mark.parametrize("is_garbage", [False, True], ids=["vanishes", "sends garbage"])
+def test_a_client_that_goes_wrong_in_the_middle_of_a_step_hurts_nobody(checkpoint: Path, is_garbage: bool) -> None:
+    async def run() -> None:
+        async with served(checkpoint) as client:
+            server, session = client.server, await client.open()
+            (before,) = await session.step([STATES])
+            async with connected(server) as other:
+                for _ in range(50):
+                    other.connection.open_stream()  # and never a word on it
+                broken = await other.open(max_length=600)
+                async with Blocker(client) as blocker:
+                    step = asyncio.ensure_future(broken.step([random_states(1, 500)[0]]))
+                    await blocker.until_queued(1)
+                    link = other.connection._link
+                    if is_garbage:
+                        link.write([b"\xff" * 100])
+                    else:
+                        link.abort()
+                    await until(lambda: server.num_sessions == 1)
+                step.cancel()
+            (again,) = await session.step([STATES], keep=0)
+            assert torch.equal(before, again)
+            assert (server.num_sessions, server.cache_tokens_left, server._engine.num_queued) == (1, 936, 0)
+
+    run_clean(run())
+
+
 def test_limits_per_peer(checkpoint: Path) -> None:
     async def run() -> None:
         async with served(checkpoint, limits=ServerLimits(max_sessions_per_peer=1, retry_after_s=7)) as client:
