@@ -10,10 +10,9 @@ Letters: R rows, T tokens of all rows together, N columns of a batch, B blocks, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from petals_core.models.split import Span
 from petals_server.columns import spread
+from petals_server.deep_prompts import prompted
 from petals_server.execution import as_mask, default_positions
 
 
@@ -75,37 +75,6 @@ def compute_rows(
         )
     output_TH = output_RNH.reshape(num_rows * num_columns, -1)
     return output_TH if indices is None else output_TH.index_select(0, indices)
-
-
-@contextmanager
-def prompted(span: Span, prompts_BRPH: torch.Tensor, row_tokens: Sequence[int]) -> Iterator[None]:
-    """Let each block of the span see the states of each row's first P tokens with its own prompts added."""
-    num_rows, num_columns = len(row_tokens), max(row_tokens)
-    num_prompts = prompts_BRPH.shape[2]
-    first_R = torch.tensor([num_columns - count for count in row_tokens], device=prompts_BRPH.device)
-    is_rectangular = min(row_tokens) == num_columns
-    columns_RP = first_R[:, None] + torch.arange(num_prompts, device=prompts_BRPH.device)
-    rows_R1 = torch.arange(num_rows, device=prompts_BRPH.device)[:, None]
-
-    def add(hidden_RNH: torch.Tensor, prompts_RPH: torch.Tensor) -> torch.Tensor:
-        if is_rectangular:
-            head_RPH = hidden_RNH[:, :num_prompts] + prompts_RPH
-            return torch.cat([head_RPH, hidden_RNH[:, num_prompts:]], dim=1)
-        added = prompts_RPH.expand(num_rows, -1, -1)
-        return hidden_RNH.index_put((rows_R1, columns_RP), added, accumulate=True)
-
-    def hook(
-        block: object, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (add(args[0], prompts_BRPH[index]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"], prompts_BRPH[index])}
-
-    with ExitStack() as stack:
-        for index, block in enumerate(span.blocks):
-            handle = block.register_forward_pre_hook(functools.partial(hook, index=index), with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -27,6 +28,7 @@ from petals_server.columns import (
     split_rows,
     spread,
 )
+from petals_server.deep_prompts import SessionPrompts
 from petals_server.engine import Work
 from petals_server.recurrence import Input, RecurrentPast, States
 from petals_server.scheduling import MAX_DECODE_COLUMNS, Urgency
@@ -54,9 +56,12 @@ class EncodedStates:
 class SessionState:
     """A session's cache and its ledger. Only the device's thread touches them while a step is under way."""
 
-    def __init__(self, span: Span, *, num_rows: int, max_length: int) -> None:
+    def __init__(
+        self, span: Span, *, num_rows: int, max_length: int, prompts: SessionPrompts | None = None
+    ) -> None:
         self.span = span
         self.max_length = max_length
+        self.prompts = prompts
         self.ledger = ColumnLedger(num_rows)
         self.cache: Any = span.new_cache()
         self.past = RecurrentPast() if span.is_recurrent else None
@@ -120,12 +125,13 @@ class SessionState:
         has_mask = ledger.has_pads or positions_RN is not None
         if has_mask and positions_RN is None:
             positions_RN = default_positions(row_tokens, row_lengths).to(hidden_RNH.device)
-        output_RNH = self.span(
-            hidden_RNH,
-            attention_mask=as_mask(ledger.valid(), hidden_RNH.device) if has_mask else None,
-            position_ids=positions_RN,
-            cache=self.cache,
-        )
+        with nullcontext() if self.prompts is None else self.prompts.added(row_tokens, row_lengths):
+            output_RNH = self.span(
+                hidden_RNH,
+                attention_mask=as_mask(ledger.valid(), hidden_RNH.device) if has_mask else None,
+                position_ids=positions_RN,
+                cache=self.cache,
+            )
         if states is not None:  # A pad is no token: it leaves a recurrent state as it was.
             self.span.put_states(self.cache, states, rows_of_pads)
         return output_RNH

@@ -42,7 +42,7 @@ from petals_server.loading import ServedModel
 from petals_server.positions import check_positions
 from petals_server.scheduling import Urgency
 from petals_server.sessions import SessionTable
-from petals_server.training_requests import TrainingRequests
+from petals_server.training_requests import TrainingRequests, read_session_prompts
 
 _FIRST_MESSAGE_TIMEOUT_S: Final = 30.0
 _MAX_SPANS: Final = 16
@@ -100,7 +100,7 @@ class RequestHandler:
         self.num_requests += 1
         try:
             if isinstance(request, OpenSession):
-                await self._serve_session(stream, request)
+                await self._serve_session(stream, request, message)
             elif isinstance(request, Backward):
                 await self._serve_backward(stream, request, message)
             elif request.graph_id is not None or len(request.tensors) > 1:
@@ -130,11 +130,16 @@ class RequestHandler:
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    async def _serve_session(self, stream: Stream, request: OpenSession) -> None:
+    async def _serve_session(self, stream: Stream, request: OpenSession, message: Message) -> None:
         span = await self._find_span(request.fingerprint, request.start, request.end)
         reservation = self.sessions.open(stream.peer_id, num_rows=request.num_rows, max_length=request.max_length)
         try:
-            session = SessionState(span, num_rows=request.num_rows, max_length=request.max_length)
+            session = SessionState(
+                span,
+                num_rows=request.num_rows,
+                max_length=request.max_length,
+                prompts=read_session_prompts(request, message, span),
+            )
             await stream.send(SessionOpened(cache_tokens_left=self.sessions.cache_tokens_left))
             while True:
                 try:

@@ -16,26 +16,15 @@ import torch
 from numpy.typing import NDArray
 
 from petals_core.models.split import Span
-from petals_core.tensors.codec import Compression, Encoding, TensorSpec, decode, encode
+from petals_core.tensors.codec import Compression, Encoding, TensorSpec, encode
 from petals_server.columns import Chunk, PositionRuns, expand_positions, split_rows
+from petals_server.deep_prompts import EncodedTensor
 from petals_server.differentiation import ChunkGraph, GraphMeter, OverBudgetError, checkpointed, compute_rows
 from petals_server.engine import Work
 from petals_server.execution import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.scheduling import Urgency
 from petals_server.threads import ThreadPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedTensor:
-    """A tensor as it came from a client, checked but not yet decoded."""
-
-    spec: TensorSpec
-    payload: memoryview
-
-    def decode(self, span: Span) -> torch.Tensor:
-        """On the span's device and in its dtype; raises ``ProtocolError``."""
-        return decode(self.spec, self.payload).to(device=span.device, dtype=span.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

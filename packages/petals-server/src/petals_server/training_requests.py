@@ -11,13 +11,14 @@ from petals_core.errors import GraphExpiredError, InvalidRequestError, ProtocolE
 from petals_core.identity import PeerId
 from petals_core.models.split import Span
 from petals_core.tensors.codec import TensorSpec
-from petals_core.wire.messages import Backward, Forward, Message
+from petals_core.wire.messages import Backward, Forward, Message, OpenSession
 from petals_server.config import ServerLimits
+from petals_server.deep_prompts import EncodedTensor, SessionPrompts
 from petals_server.engine import Engine
 from petals_server.execution import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.loading import ServedModel
-from petals_server.training import BackwardWork, EncodedTensor, KeptGraph, TrainingForwardWork, TrainingRequest
+from petals_server.training import BackwardWork, KeptGraph, TrainingForwardWork, TrainingRequest
 
 
 class TrainingRequests:
@@ -159,6 +160,15 @@ def _checked(
     if runs is not None and [sum(count for _, count in row) for row in runs] != list(row_tokens):
         raise InvalidRequestError("position_runs do not give one position to each token of each row")
     return TrainingRequest(row_tokens=row_tokens, position_runs=runs, hidden=hidden, prompts=prompts, gradient=gradient)
+
+
+def read_session_prompts(request: OpenSession, message: Message, span: Span) -> SessionPrompts | None:
+    """The deep prompts of a session, if it has any; raises ``InvalidRequestError`` if they do not fit."""
+    if not request.tensors:
+        return None
+    (prompts,) = _read_tensors(request.tensors, message, ("prompts",), num_required=1)
+    check_prompts(prompts.spec, span, num_rows=1, shortest_row=request.max_length)
+    return SessionPrompts(span, prompts)
 
 
 def check_prompts(spec: TensorSpec, span: Span, *, num_rows: int, shortest_row: int) -> None:

@@ -101,6 +101,7 @@ def bodies() -> st.SearchStrategy[Body]:
             num_rows=st.integers(1, 1024),
             max_length=st.integers(1, 1 << 22),
             deadline_ms=_DEADLINES_MS,
+            tensors=st.none() | tensor_descriptions(),
         ),
         st.builds(SessionOpened, cache_tokens_left=st.integers(0, 1 << 40)),
         st.builds(

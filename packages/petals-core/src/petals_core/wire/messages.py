@@ -71,7 +71,10 @@ class Info:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSession:
-    """Open an inference session on blocks ``start:end``: the first message of a stream whose end closes the session."""
+    """Open an inference session on blocks ``start:end``: the first message of a stream whose end closes the session.
+
+    Payload: deep prompts [blocks, 1, P, H], if there are any; they count for the first P tokens of every row.
+    """
 
     session_id: bytes = ruled(schema.binary(SESSION_ID_BYTES, SESSION_ID_BYTES))
     fingerprint: str = ruled(_fingerprint)
@@ -81,6 +84,7 @@ class OpenSession:
     max_length: int = ruled(schema.integer(1, MAX_SESSION_TOKENS))
     """Columns that the session may hold."""
     deadline_ms: int = ruled(_deadline_ms)
+    tensors: tuple[Any, ...] | None = ruled(schema.optional(_tensors), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
