@@ -71,6 +71,7 @@ def test_a_swarm_from_start_to_end(
     assert "11121111····" in output
     assert "missing: 8:12" in output
     assert "lab" in output
+    assert "0:4     online  127.0.0.1:31330  float32" in output, "an address stays in one piece"
 
     assert run(["show", "--json", "TEST", *peers], monkeypatch) == 0
     (model,) = json.loads(capsys.readouterr().out)["models"]

@@ -21,6 +21,7 @@ ADDRESS = "127.0.0.1:1"
         (["--block_indices=0:4"], ["--blocks=0:4"]),
         (["--torch_dtype", "float32", "--new_swarm"], ["--torch-dtype", "float32", "--new-swarm"]),
         (["--public_name", "a_b"], ["--public-name", "a_b"]),
+        (["--public_ip", "1.2.3.4", "--identity_path=x_y"], ["--announce-host", "1.2.3.4", "--identity=x_y"]),
         (
             ["--initial_peers", "a:1", "b:2", "[::1]:3", "--port", "0"],
             ["--initial-peers", "a:1", "--initial-peers", "b:2", "--initial-peers", "[::1]:3", "--port", "0"],

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from petals_dht.overview import ModelOverview
 
 DEFAULT_PORT = 31330
+_WIDE_COLUMNS = 100
+"""Of a terminal that has room for everything."""
 app = typer.Typer(
     name="petals-dht",
     help="Start and watch the directory of a Petals swarm: who serves which blocks of which model.",
@@ -147,7 +149,7 @@ def _print_status(state: Path, swarm_key: SwarmKey | None, *, as_json: bool) -> 
 @app.command()
 def show(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Only models of this name, or part of a name.")
+        str | None, typer.Argument(metavar="MODEL", help="Only models of this name, or part of a name.")
     ] = None,
     initial_peers: InitialPeers = None,
     swarm_key_file: SwarmKeyFile = None,
@@ -176,7 +178,7 @@ def show(
 @app.command()
 def monitor(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Only models of this name, or part of a name.")
+        str | None, typer.Argument(metavar="MODEL", help="Only models of this name, or part of a name.")
     ] = None,
     initial_peers: InitialPeers = None,
     swarm_key_file: SwarmKeyFile = None,
@@ -297,24 +299,29 @@ def _print(overviews: list[ModelOverview]) -> None:
         else:
             console.print(Text("complete", style="green"))
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for header in ("server", "name", "blocks", "state", "address", "dtype", "cache tokens", "tokens/s", "version"):
-            is_number = header in ("cache tokens", "tokens/s")
-            table.add_column(header, justify="right" if is_number else "left", overflow="fold")
+        headers = ("server", "blocks", "state", "address", "dtype", "tokens/s", "cache", "name", "version")
+        if console.width < _WIDE_COLUMNS:
+            headers = headers[:-1]
+        for header in headers:
+            # What may be copied, and numbers, stay in one piece.
+            is_number = header in ("cache", "tokens/s")
+            may_fold = header in ("name", "version")
+            table.add_column(header, justify="right" if is_number else "left", overflow="fold", no_wrap=not may_fold)
         for signed in overview.servers:
             entry = signed.announcement
             dtype = entry.torch_dtype if entry.quantization == "none" else entry.quantization
             cells = (
                 signed.peer_id.short,
-                entry.public_name,
                 f"{entry.start}:{entry.end}",
                 entry.state,
                 ", ".join(str(address) for address in entry.addresses),
                 dtype,
-                "" if entry.cache_tokens_left is None else f"{entry.cache_tokens_left:,}",
                 speed_text(entry),
+                "" if entry.cache_tokens_left is None else f"{entry.cache_tokens_left:,}",
+                entry.public_name,
                 entry.version,
             )
-            table.add_row(*(Text(cell) for cell in cells))
+            table.add_row(*(Text(cell) for cell in cells[: len(headers)]))
         console.print(table)
         console.print()
 

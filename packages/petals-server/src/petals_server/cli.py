@@ -29,7 +29,11 @@ from petals_server.config import ServerConfig, parse_blocks, parse_size
 
 log = logging.getLogger("petals_server")
 
-_EARLIER_NAMES: Final = {"--block-indices": "--blocks"}
+_EARLIER_NAMES: Final = {
+    "--block-indices": "--blocks",
+    "--identity-path": "--identity",
+    "--public-ip": "--announce-host",
+}
 _SWITCH_INTERVAL_S: Final = 0.0005
 """The event loop gets the interpreter from the device's thread after this long; Python's default is ten times that."""
 
@@ -285,8 +289,8 @@ def _looks_like_path(model: str) -> bool:
 def normalize_arguments(arguments: Sequence[str]) -> list[str]:
     """Accept options as earlier versions of Petals spelled them.
 
-    Underscores in names of options count as hyphens, ``--block_indices`` is ``--blocks``, and ``--initial_peers`` may
-    be followed by several addresses.
+    Underscores in names of options count as hyphens, some options have other names now, and ``--initial_peers`` may be
+    followed by several addresses.
     """
     result: list[str] = []
     takes_peers = False
