@@ -299,9 +299,9 @@ def _print(overviews: list[ModelOverview]) -> None:
         else:
             console.print(Text("complete", style="green"))
         table = Table(box=None, pad_edge=False, header_style="dim")
-        headers = ("server", "blocks", "state", "address", "dtype", "tokens/s", "cache", "name", "version")
-        if console.width < _WIDE_COLUMNS:
-            headers = headers[:-1]
+        headers = ["server", "blocks", "state", "address", "dtype", "tokens/s", "cache", "name"]
+        if console.width >= _WIDE_COLUMNS:
+            headers.append("version")
         for header in headers:
             # What may be copied, and numbers, stay in one piece.
             is_number = header in ("cache", "tokens/s")
