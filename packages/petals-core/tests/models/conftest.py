@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from petals_core.testing.factories import make_checkpoint
+from petals_core.testing.hub import FakeHub, serving
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +27,10 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of 2 blocks in one file. Not to be changed."""
     return make_checkpoint(tmp_path_factory.mktemp("single") / "tiny-llama", num_blocks=2)
+
+
+@pytest.fixture
+def hub(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub on loopback that has the llama in several files."""
+    with serving(sharded, monkeypatch) as hub:
+        yield hub

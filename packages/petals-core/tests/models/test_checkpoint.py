@@ -165,7 +165,7 @@ def test_a_broken_index(copied: Path, index: str, message: str) -> None:
         ({"model_type": "nonesuch"}, "is of type nonesuch, which this version", UnsupportedModelError),
         (
             {"model_type": "nonesuch", "auto_map": {"AutoConfig": "code.Config"}},
-            "code that comes with a checkpoint is never run",
+            "comes with code of its own .nonesuch., which can do anything",
             UnsupportedModelError,
         ),
         ({"hidden_size": "many"}, "the config of .* can't be read", CheckpointError),

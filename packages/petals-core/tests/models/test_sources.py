@@ -1,29 +1,17 @@
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
 from petals_core.errors import CheckpointError
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.split import load_span
-
-COMMIT = "c0ffee" + "0" * 34
-NAME = "somebody/tiny-llama"
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+from petals_core.testing.hub import COMMIT, NAME, FakeHub, serving, sha256
 
 
 @pytest.fixture
@@ -76,110 +64,10 @@ def test_offline_errors_are_clear_lines(hub_cache: Path) -> None:
 # --- a hub on loopback ------------------------------------------------------------------------------------------------
 
 
-class FakeHub(ThreadingHTTPServer):
-    """As much of the hub's HTTP interface as huggingface_hub uses to read one repository."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.status = 200
-        self.error_code = ""
-        self.fetched: list[tuple[str, str | None]] = []
-        """Path of each GET of a file, and the range that was asked for."""
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeHub
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, *, with_body: bool) -> None:
-        hub = self.server
-        if hub.status != 200:
-            self.send_response(hub.status)
-            if hub.error_code:
-                self.send_header("X-Error-Code", hub.error_code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if self.path.startswith("/api/models/"):
-            files = []
-            for path in sorted(hub.folder.iterdir()):
-                entry: dict[str, Any] = {"rfilename": path.name, "size": path.stat().st_size, "blobId": "0" * 40}
-                if path.suffix == ".safetensors":
-                    size = path.stat().st_size
-                    entry["lfs"] = {"sha256": sha256(path), "size": size, "pointerSize": 130}
-                files.append(entry)
-            body = json.dumps({"id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": files}).encode()
-            self._send(200, body, {"Content-Type": "application/json"}, with_body=with_body)
-            return
-        match = re.fullmatch(rf"/{NAME}/resolve/(?:{COMMIT}|main)/([^/?]+)", self.path)
-        path = hub.folder / match[1] if match else hub.folder / "none"
-        if not path.is_file():
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, with_body=with_body)
-            return
-        content = path.read_bytes()
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(path)}"', "Accept-Ranges": "bytes"}
-        status = 200
-        wanted = self.headers.get("Range")
-        if with_body:
-            hub.fetched.append((path.name, wanted))
-        if wanted is not None:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            size = len(content)
-            stop = min(int(last), size - 1) if last else size - 1
-            content = content[int(first) : stop + 1]
-            headers["Content-Range"] = f"bytes {first}-{stop}/{size}"
-            status = 206
-        self._send(status, content, headers, with_body=with_body)
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str], *, with_body: bool) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-
-def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    hub = FakeHub(folder)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
-    # huggingface_hub reads HF_ENDPOINT when it is imported, which is over.
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
-    huggingface_hub.utils.disable_progress_bars()
-    yield hub
-    huggingface_hub.utils.enable_progress_bars()
-    hub.shutdown()
-    hub.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def hub(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    yield from serve(sharded, monkeypatch)
-
-
 @pytest.fixture
 def single_hub(single: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    yield from serve(single, monkeypatch)
+    with serving(single, monkeypatch) as hub:
+        yield hub
 
 
 def test_only_the_spans_files_are_downloaded_and_the_fingerprint_needs_none(

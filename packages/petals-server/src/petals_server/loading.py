@@ -74,7 +74,13 @@ def open_model(config: ServerConfig, progress: ProgressCallback | None = None) -
         CheckpointError, UnsupportedModelError, DeviceError: as ``load_span``.
     """
     checkpoint = Checkpoint.open(
-        config.model, revision=config.revision, token=config.token, cache_dir=config.cache_dir, progress=progress
+        config.model,
+        revision=config.revision,
+        token=config.token,
+        cache_dir=config.cache_dir,
+        max_disk_bytes=config.max_disk_bytes,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
     )
     architecture = find_architecture(checkpoint.config)
     device = _choose_device(config.device)

@@ -25,6 +25,7 @@ import torch
 
 from petals_core.errors import CheckpointError, UnsupportedModelError
 from petals_core.models.hashes import ProgressCallback
+from petals_core.models.remote_code import load_remote_code
 from petals_core.models.safetensors_file import COPY_AGAIN, TensorEntry, dtype_name, read_header, read_tensor
 from petals_core.models.sources import Folder, Hub, Source, one_line, read_json
 
@@ -151,11 +152,18 @@ class Checkpoint:
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        max_disk_bytes: int | None = None,
+        trust_remote_code: bool = False,
         progress: ProgressCallback | None = None,
     ) -> Checkpoint:
         """Read the config and the index of a folder or of a repository on the hub; no weights yet.
 
-        A path to an existing folder wins over a repository of the same name. Custom code is never run.
+        A path to an existing folder wins over a repository of the same name.
+
+        Args:
+            max_disk_bytes: what all downloads of this software may take in ``cache_dir``; None: the disk.
+            trust_remote_code: whether code that comes with the checkpoint is run; such models are refused otherwise.
+            progress: is told of downloads, hashing and reading.
 
         Raises:
             CheckpointError: there is no such model, it can't be reached, or its files are broken or not safetensors.
@@ -177,12 +185,14 @@ class Checkpoint:
                 token=token,
                 cache_dir=None if cache_dir is None else str(cache_dir),
                 local_files_only=local_files_only,
+                max_disk_bytes=max_disk_bytes,
+                progress=progress,
             )
         config_path = source.find("config.json")
         if config_path is None:
             raise CheckpointError(f"{source} has no config.json: it is not a Transformers checkpoint")
         raw_config = read_json(config_path)
-        config = _parse_config(config_path, source)
+        config = _parse_config(config_path, source, trust_remote_code=trust_remote_code)
         generation_config = _parse_generation_config(source)
         weight_files, files = _find_weights(source)
         checkpoint = cls(
@@ -277,6 +287,8 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing, broken, or can't be downloaded.
         """
+        names = tuple(names)
+        self._source.prepare(self.tensor_files(names))
         return sum(self.entry(name).num_bytes for name in names)
 
     def lazy(self, names: Mapping[str, str], *, num_bytes: int | None = None) -> dict[str, LazyTensor]:
@@ -354,23 +366,33 @@ def resolve_dtype(name: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtyp
 # --- reading files ----------------------------------------------------------------------------------------------------
 
 
-def _parse_config(path: Path, source: Source) -> PreTrainedConfig:
-    from transformers import AutoConfig
+def _parse_config(path: Path, source: Source, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read a config. Code that comes with a checkpoint is run only for families that Transformers does not know."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     raw = read_json(path)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path} names no model_type: it is not the config of a Transformers model")
+    is_known = model_type in CONFIG_MAPPING
+    has_code = isinstance(raw.get("auto_map"), dict)
+    if not is_known and has_code and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"{source} comes with code of its own ({model_type}), which can do anything where it runs: if you trust "
+            "it, say so with --trust-remote-code (trust_remote_code=True in a client)"
+        )
     try:
+        if not is_known and has_code:
+            return load_remote_code(source)
         config = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        from transformers import CONFIG_MAPPING
-
-        if model_type not in CONFIG_MAPPING:
+        if not is_known and not has_code:
             raise UnsupportedModelError(
-                f"{source} is of type {model_type}, which this version of Transformers does not know "
-                "(code that comes with a checkpoint is never run): upgrade transformers or choose another model"
+                f"{source} is of type {model_type}, which this version of Transformers does not know: "
+                "upgrade transformers or choose another model"
             ) from None
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"the config of {source} can't be read: {one_line(error)}") from None
     return config
 

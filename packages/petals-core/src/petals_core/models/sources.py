@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 
 from petals_core.errors import CheckpointError
+from petals_core.models.downloads import DownloadCache, RemoteFile, fail_to_write
 from petals_core.models.hashes import ProgressCallback, cache_folder, file_sha256, is_sha256, read_note, write_note
 from petals_core.models.safetensors_file import COPY_AGAIN, read_header
 
@@ -50,6 +52,12 @@ class Source(Protocol):
     def path(self, file: str) -> Path:
         """The path of a file that the checkpoint must have (downloaded first)."""
 
+    def code_files(self) -> list[str]:
+        """Names of the Python files that come with the checkpoint."""
+
+    def prepare(self, files: Iterable[str]) -> None:
+        """Make sure that files that the checkpoint must have are here (downloaded first), room for all beforehand."""
+
     def tensor_names(self, file: str) -> list[str]:
         """Names of the tensors in a safetensors file, without downloading the rest of it."""
 
@@ -82,6 +90,13 @@ class Folder:
             raise CheckpointError(f"{path} is missing although the checkpoint's index names it: {COPY_AGAIN}")
         return path
 
+    def code_files(self) -> list[str]:
+        return sorted(path.name for path in self._folder.glob("*.py"))
+
+    def prepare(self, files: Iterable[str]) -> None:
+        for file in files:
+            self.path(file)
+
     def tensor_names(self, file: str) -> list[str]:
         return list(read_header(self.path(file), file))
 
@@ -110,7 +125,15 @@ class Hub:
     """A checkpoint in a repository on the Hugging Face hub, pinned to one commit when it is opened."""
 
     def __init__(
-        self, name: str, *, revision: str | None, token: str | None, cache_dir: str | None, local_files_only: bool
+        self,
+        name: str,
+        *,
+        revision: str | None,
+        token: str | None,
+        cache_dir: str | None,
+        local_files_only: bool,
+        max_disk_bytes: int | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         from huggingface_hub import constants
 
@@ -118,6 +141,10 @@ class Hub:
         self._token = token
         self._cache_dir = cache_dir
         self._is_offline = local_files_only or bool(constants.HF_HUB_OFFLINE)
+        self._progress = progress
+        self._downloads = DownloadCache(Path(cache_dir or constants.HF_HUB_CACHE), name, max_disk_bytes=max_disk_bytes)
+        self._remote_files: dict[str, RemoteFile] = {}
+        """The files that are large, as the hub describes them."""
         self._sha256_of: dict[str, str] | None = None
         """None as long as the hub was not asked."""
         self._all_files: frozenset[str] | None = None
@@ -170,8 +197,14 @@ class Hub:
             return None
         siblings = info.siblings or []
         self._all_files = frozenset(sibling.rfilename for sibling in siblings)
-        hashes = {sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None}
-        self._sha256_of = {file: value for file, value in hashes.items() if is_sha256(value)}
+        self._remote_files = {
+            sibling.rfilename: RemoteFile(
+                name=sibling.rfilename, sha256=sibling.lfs.sha256, num_bytes=int(sibling.lfs.size)
+            )
+            for sibling in siblings
+            if sibling.lfs is not None and is_sha256(sibling.lfs.sha256)
+        }
+        self._sha256_of = {file: remote.sha256 for file, remote in self._remote_files.items()}
         if info.sha is not None and self._sha256_of:
             write_note(_hub_note(self.name, info.sha), self._sha256_of)
         return info.sha
@@ -205,7 +238,47 @@ class Hub:
 
     def path(self, file: str) -> Path:
         cached = self._find_cached(file, self.revision)
+        remote = self._remote_files.get(file)
+        if remote is not None and (cached is None or cached.stat().st_size != remote.num_bytes):
+            self.prepare([file])
+            cached = self._find_cached(file, self.revision)
         return cached if cached is not None else self._download(file, self.revision)
+
+    def code_files(self) -> list[str]:
+        if self._all_files is not None:
+            return sorted(file for file in self._all_files if file.endswith(".py") and "/" not in file)
+        config = self._find_cached("config.json", self.revision)
+        return [] if config is None else sorted(path.name for path in config.parent.glob("*.py"))
+
+    def prepare(self, files: Iterable[str]) -> None:
+        files = tuple(files)
+        remotes = {file: remote for file in files if (remote := self._remote(file)) is not None}
+        self._downloads.reserve(remotes.values())
+        for file in files:
+            remote = remotes.get(file)
+            if remote is not None and not self._downloads.is_complete(remote) and not self._is_offline:
+                self._downloads.download(remote, self._url(file), self._headers(), self._progress)
+            if self._find_cached(file, self.revision) is None:
+                self._download(file, self.revision)  # Of what is here only a link is made.
+
+    def _remote(self, file: str) -> RemoteFile | None:
+        """A large file as the hub describes it, or as it lies here where the hub is not asked."""
+        if (remote := self._remote_files.get(file)) is not None:
+            return remote
+        cached = self._find_cached(file, self.revision)
+        if cached is None or not is_sha256(cached.resolve().name):
+            return None
+        return RemoteFile(name=file, sha256=cached.resolve().name, num_bytes=cached.stat().st_size)
+
+    def _url(self, file: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.name, file, revision=self.revision)
+
+    def _headers(self) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        return build_hf_headers(token=self._token)
 
     def _download(self, file: str, revision: str | None) -> Path:
         from huggingface_hub import errors, hf_hub_download
@@ -232,9 +305,7 @@ class Hub:
         except OSError as error:
             if isinstance(error, errors.HfHubHTTPError) or error.errno is None:
                 self._fail(error, f"for {file} of {self.name}")
-            raise CheckpointError(
-                f"{file} of {self.name} can't be stored ({error.strerror}): make room or choose another HF_HOME"
-            ) from None
+            fail_to_write(self._downloads.folder, error)
         except Exception as error:
             self._fail(error, f"for {file} of {self.name}")
 
