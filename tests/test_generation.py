@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
     LogitsProcessor,
@@ -292,33 +292,23 @@ def test_inside_a_running_loop(model: Any, local: Any) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_on_a_gpu(pairs: Any) -> None:
     """Only the client's part moves there."""
-    pair = pairs("llama")
-    try:
-        model = pair.model.to("cuda")
-        on_gpu = AutoModelForCausalLM.from_pretrained(pair.folder).to("cuda")
-        for options in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
-            actual, expected = (
-                each.generate(PROMPT.to("cuda"), max_new_tokens=6, **GREEDY, **options) for each in (model, on_gpu)
-            )
-            assert actual.device.type == "cuda"
-            assert torch.equal(actual, expected)
-    finally:
-        pair.model.to("cpu")
+    model, local = (copy.deepcopy(each).to("cuda") for each in pairs("llama").both)
+    for options in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
+        actual, expected = (
+            each.generate(PROMPT.to("cuda"), max_new_tokens=6, **GREEDY, **options) for each in (model, local)
+        )
+        assert actual.device.type == "cuda"
+        assert torch.equal(actual, expected)
 
 
-def test_what_the_client_computes_in(pairs: Any) -> None:
+@torch.no_grad()
+def test_what_the_client_computes_in(model: Any) -> None:
     """Its part may be moved to another dtype; servers compute in theirs."""
-    pair = pairs("llama")
-    with torch.no_grad():
-        expected = pair.model(PROMPT).logits
-        try:
-            doubled = pair.model.to(torch.float64)(PROMPT).logits
-            halved = pair.model.to(torch.bfloat16)(PROMPT).logits
-        finally:
-            pair.model.to(torch.float32)
-    assert (doubled.dtype, halved.dtype) == (torch.float64, torch.bfloat16)
-    torch.testing.assert_close(doubled.float(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(halved.float(), expected, rtol=0.1, atol=0.5)
+    expected = model(PROMPT).logits
+    for dtype, tolerance in ((torch.float64, 1e-4), (torch.bfloat16, 0.5)):
+        logits = copy.deepcopy(model).to(dtype)(PROMPT).logits
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.float(), expected, rtol=0.1 * tolerance, atol=tolerance)
 
 
 # --- what can't be done -----------------------------------------------------------------------------------------------

@@ -2,174 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from petals_client.base_model import BLOCKS_ATTRIBUTE, Generation, current_generation, once_for_each, session_of
 from petals_client.drafting import decode_with_drafts
-from petals_client.hidden_states import StateCollector
 from petals_client.inference_session import DRAFT_COLUMNS, InferenceSession
-from petals_client.remote_sequential import BlockCall, RemoteSequential, entered
+from petals_client.remote_sequential import RemoteSequential
 from petals_core.errors import InvalidRequestError, SessionLengthError
-from petals_core.models.transformers_forward import (
-    BaseCall,
-    CountingCache,
-    EmptyCache,
-    fill_hidden_states,
-    read_base_call,
-    select_states,
-    takes_position_ids,
-)
+from petals_core.models.transformers_forward import CountingCache
 from petals_core.models.transformers_generation import AssistedCall, GenerationEntry, skip_cached
-
-if TYPE_CHECKING:
-    pass
-
-BLOCKS_ATTRIBUTE = "_petals_blocks"
-"""Where a base model, and the part of it that iterates over the blocks, note the path of these from there."""
-
-
-@dataclass(slots=True, eq=False)
-class _Generation:
-    """A call of ``generate`` outside of a session, and the sessions that were opened for it."""
-
-    blocks: RemoteSequential
-    max_length: int = 1
-    sessions: list[InferenceSession] = field(default_factory=list)
-
-    def new_cache(self) -> CountingCache:
-        session = self.blocks.new_session(self.max_length)
-        self.sessions.append(session)
-        return session.cache
-
-    def close(self) -> None:
-        for session in self.sessions:
-            session.close()
-
-
-_generation: ContextVar[_Generation | None] = ContextVar("petals generation", default=None)
-
-
-def _current_generation(blocks: RemoteSequential) -> _Generation | None:
-    generation = _generation.get()
-    return generation if generation is not None and generation.blocks.chain is blocks.chain else None
-
-
-def _once_for_each(make: Callable[[type[Any]], type[Any]]) -> Callable[[type[Any]], type[Any]]:
-    """Make one subclass for each class and no more."""
-    made: dict[type[Any], type[Any]] = {}
-
-    @functools.wraps(make)
-    def get(model_class: type[Any]) -> type[Any]:
-        if model_class not in made:
-            made[model_class] = make(model_class)
-        return made[model_class]
-
-    return get
-
-
-# --- the base model ---------------------------------------------------------------------------------------------------
-
-
-@_once_for_each
-def remote_base_class(base_class: type[Any]) -> type[Any]:
-    """A subclass under the same name whose forward tells its remote blocks what they have to know."""
-    original = base_class.forward
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        blocks: RemoteSequential = self.get_submodule(getattr(self, BLOCKS_ATTRIBUTE))
-        call = read_base_call(self, original, args, kwargs)
-        session = _choose_session(blocks, call)
-        block_call = _read_block_call(blocks, session, call, counts_positions=takes_position_ids(original))
-        past = 0 if session is None else session.position
-        with entered(block_call):
-            output = original(self, **call.arguments)
-        if session is not None:
-            session.note_tokens(call.arguments.get("input_ids"), past)
-        collector = block_call.collector
-        if collector is None:
-            return output
-        return fill_hidden_states(
-            output, collector.states, collector.wanted, len(blocks), as_tuple=call.is_tuple_wanted
-        )
-
-    body = {"forward": forward, "__module__": base_class.__module__, "__qualname__": base_class.__qualname__}
-    return type(base_class.__name__, (base_class,), body)
-
-
-def _choose_session(blocks: RemoteSequential, call: BaseCall) -> InferenceSession | None:
-    """Find the session that a forward belongs to, and give the model the cache that stands for it."""
-    cache = call.past_key_values
-    session: InferenceSession | None = None
-    if cache is None:
-        generation = _current_generation(blocks)
-        if generation is not None:
-            # A second context beside the first, such as that of classifier-free guidance.
-            if call.use_cache:
-                session = _session_of(generation.new_cache(), blocks)
-        elif call.arguments.get("use_cache") is not False:
-            session = blocks.open_session
-    else:
-        session = _session_of(cache, blocks)
-    if session is not None:
-        call.arguments["past_key_values"] = session.cache
-        call.arguments["use_cache"] = True
-    elif call.use_cache:
-        call.arguments["past_key_values"] = EmptyCache()
-    return session
-
-
-def _session_of(cache: object, blocks: RemoteSequential) -> InferenceSession:
-    if isinstance(cache, EmptyCache):
-        raise InvalidRequestError(
-            "this past_key_values is of a forward that kept nothing: open a session first, "
-            "with model.inference_session(max_length=...)"
-        )
-    if not isinstance(cache, CountingCache) or not isinstance(cache.session, InferenceSession):
-        raise InvalidRequestError(
-            f"past_key_values of type {type(cache).__name__} can't be used with remote blocks, which keep their caches "
-            "themselves: open a session with model.inference_session(max_length=...) and pass session.cache"
-        )
-    if not cache.session.is_of(blocks.chain, blocks.start, blocks.end):
-        raise InvalidRequestError("this past_key_values belongs to another model's session")
-    return cache.session
-
-
-def _read_block_call(
-    blocks: RemoteSequential, session: InferenceSession | None, call: BaseCall, *, counts_positions: bool
-) -> BlockCall:
-    past = 0 if session is None else session.position
-    valid: Tensor | None = None
-    if call.attention_mask is not None:
-        mask = call.attention_mask
-        if tuple(mask.shape) != (call.num_rows, past + call.width):
-            raise InvalidRequestError(
-                f"an attention mask of shape {list(mask.shape)} does not fit {call.num_rows} rows of "
-                f"{past} cached and {call.width} new tokens"
-            )
-        if session is not None and past and not session.has_mask(mask[:, :past]):
-            raise InvalidRequestError("the attention mask changed for tokens that the session has already cached")
-        valid = mask[:, past:]
-    position_ids = call.position_ids
-    if not counts_positions:
-        position_ids = None
-    elif position_ids is None and (valid is not None or (session is not None and session.has_pads)):
-        # Transformers' own default: columns are counted, pads included.
-        position_ids = torch.arange(past, past + call.width)[None]
-    collector = None
-    if call.output_hidden_states is not False:
-        collector = StateCollector(wanted=select_states(call.output_hidden_states, len(blocks)))
-    return BlockCall(blocks=blocks, session=session, valid=valid, position_ids=position_ids, collector=collector)
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
 
 
 class DistributedModel:
@@ -246,18 +92,13 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
         blocks = self.remote_blocks
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            session = _session_of(cache, blocks)
+            session = session_of(cache, blocks)
             return self._generate_whole(session, inputs, args, kwargs)
         session = session if session is not None else blocks.open_session
         if session is not None:
             return self._generate_on(session, inputs, args, kwargs)
-        generation = _Generation(blocks)
-        token = _generation.set(generation)
-        try:
+        with Generation(blocks).running():
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            _generation.reset(token)
-            generation.close()
 
     def _generate_on(
         self, session: InferenceSession, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -339,7 +180,7 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
         return result
 
     def _new_generation_cache(self, max_length: int) -> CountingCache:
-        generation = _generation.get()
+        generation = current_generation()
         assert generation is not None
         generation.max_length = max_length
         return generation.new_cache()
@@ -368,7 +209,7 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
         )
 
 
-@_once_for_each
+@once_for_each
 def distributed_class(model_class: type[Any]) -> type[Any]:
     """A subclass under the same name (pipelines look it up) with what ``DistributedModel`` adds."""
     body: dict[str, Any] = {

@@ -17,6 +17,7 @@ import torch
 from transformers import Cache
 
 from petals_core.errors import InvalidRequestError
+from petals_core.models.transformers_internals import takes_position_ids as takes_position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -257,9 +258,3 @@ def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
-
-
-@functools.lru_cache(maxsize=64)
-def takes_position_ids(forward: Callable[..., Any]) -> bool:
-    """Whether a base model's blocks see positions at all. bloom and mpt have none: only distances count there."""
-    return "position_ids" in inspect.signature(forward).parameters
