@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from petals_client.chain import Chain
     from petals_core.models.checkpoint import Checkpoint
 
-_IGNORED = frozenset({"low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "offload_folder", "use_fast"})
+_IGNORED = frozenset({"low_cpu_mem_usage", "use_safetensors", "offload_folder", "use_fast"})
 """Options of Transformers' ``from_pretrained`` that mean nothing here: accepted, so that scripts need no change."""
 
 
@@ -47,6 +47,7 @@ class _AutoDistributed:
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        trust_remote_code: bool = False,
         config: PreTrainedConfig | None = None,
         allowed_quantization: str | Sequence[str] | None = None,
         allowed_dtypes: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
@@ -61,6 +62,7 @@ class _AutoDistributed:
             swarm_key_file: the key of a private swarm.
             dtype: what the client computes in; by default what the checkpoint is stored in. Or ``torch_dtype``.
             device_map: the device of the client's part: a name such as ``"cuda"``, or ``{"": device}``.
+            trust_remote_code: whether code that comes with the checkpoint is run where Transformers knows no such family.
             config: instead of the checkpoint's own (a classifier's labels, say); what is not known by name here goes to
                 the config too, as in Transformers (``num_labels=3``).
             allowed_quantization: forms of weights that servers may run, ``["none", "int8"]`` for example; by default
@@ -79,7 +81,12 @@ class _AutoDistributed:
         from petals_core.models.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(
-            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
         )
         config = cls._configure(checkpoint, config, kwargs)
         options = options or ClientOptions.make(initial_peers=initial_peers, swarm_key_file=swarm_key_file)
