@@ -74,3 +74,19 @@ def test_we_never_ask_ourselves() -> None:
     crawl = Crawl(KEY, [Contact(OWN, "192.0.2.1", 1)], own_id=OWN, width=5)
     assert crawl.is_done
     assert crawl.take() == []
+
+
+def test_who_takes_long_holds_up_nobody_and_may_answer_yet() -> None:
+    contacts = nearest_of([make_contact(number) for number in range(12)], 12)
+    crawl = Crawl(KEY, contacts, own_id=OWN, width=12)
+    slow = crawl.take()
+    assert slow == contacts[:5]
+    assert not crawl.take()
+    for contact in slow[:2]:
+        crawl.stalled(contact)
+    assert crawl.take() == contacts[5:7]
+    crawl.answered(slow[0], [])
+    for contact in crawl.take() + contacts[1:7]:
+        crawl.answered(contact, [])
+    assert crawl.is_done
+    assert crawl.nearest() == contacts

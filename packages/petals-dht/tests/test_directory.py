@@ -98,6 +98,89 @@ def test_a_restarted_server_replaces_itself_at_once() -> None:
     asyncio.run(main())
 
 
+def test_a_restarted_server_replaces_itself_although_its_clock_was_set_back() -> None:
+    async def main() -> None:
+        async with start_swarm(3) as swarm:
+            identity, peers = Identity.ephemeral(), [address_of(swarm[0])]
+            now_s = time.time()
+
+            async def announce(directory: Directory, *, start: int, at_s: float) -> SignedAnnouncement:
+                signed = make_announcement(identity, now_s=now_s + at_s, start=start, expires_at_s=now_s + at_s + 1800)
+                await directory.announce(signed)
+                return signed
+
+            async def spans() -> list[int]:
+                return [signed.announcement.start for signed in await swarm[1].find_servers(FINGERPRINT)]
+
+            async with await Directory.connect(peers, identity=identity) as before:
+                await announce(before, start=0, at_s=40)
+            async with await Directory.connect(peers, identity=identity) as after:
+                await announce(after, start=1, at_s=0)
+                assert await spans() == [1]
+                signed = await announce(after, start=2, at_s=10)
+                assert await spans() == [2], "so does each one that follows"
+                await after.withdraw(signed)
+                assert await spans() == []
+                await after.announce(signed)
+                assert await spans() == [], "an older one of the same life does not come back"
+            async with await Directory.connect(peers, identity=identity) as again:
+                await announce(again, start=3, at_s=0)
+                assert await spans() == [3]
+
+    asyncio.run(main())
+
+
+def test_announcing_again_searches_for_nobody() -> None:
+    async def main() -> None:
+        async with start_swarm(30, timing=QUICK) as swarm:
+            server = swarm[3]
+
+            def count() -> int:
+                return sum(each.node.protocol.num_requests for each in swarm)
+
+            assert await server.announce(make_announcement(server.identity)) >= 20
+            before = count()
+            again = make_announcement(server.identity, start=1)
+            assert await server.announce(again) >= 20
+            assert count() - before <= 20, "one request to each node that keeps it, and none for the list of models"
+            assert await swarm[9].find_servers(FINGERPRINT) == [again]
+
+            # Most of those that keep it leave: others are found at once.
+            keepers = [each for each in swarm if each.node.storage.num_entries and each is not server]
+            for each in keepers[:12]:
+                await each.close()
+            third = make_announcement(server.identity, start=2)
+            assert await server.announce(third) >= 10
+            (living,) = [each for each in swarm if each not in keepers and each is not server][:1]
+            assert await living.find_servers(FINGERPRINT) == [third]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("swarm_key", [None, SwarmKey.generate()], ids=["open", "private"])
+def test_clocks_a_minute_apart_agree(swarm_key: SwarmKey | None) -> None:
+    async def main() -> None:
+        shift_s = 0.0
+
+        def clock() -> float:
+            return time.time() + shift_s
+
+        async with start_swarm(7, skew_s=59.0, swarm_key=swarm_key, timing=QUICK, clock=clock) as swarm:
+            # In a private swarm nodes refuse what, by their clock, was sent before they started.
+            shift_s = 60.0
+            while any(len(each.node.protocol.router) < 6 for each in swarm):
+                await asyncio.gather(*(each.node.nearest_nodes(each.node.protocol.own.id) for each in swarm))
+            slowest, fastest = swarm[0], swarm[-1]
+            for server in (slowest, fastest):
+                now_s = server.node.clock()
+                signed = make_announcement(server.identity, now_s=now_s, expires_at_s=now_s + 120)
+                assert await server.announce(signed) == 7
+            assert [len(await each.find_servers(FINGERPRINT)) for each in swarm] == [2] * 7
+            assert [len(await each.list_models()) for each in swarm] == [1] * 7
+
+    asyncio.run(main())
+
+
 def test_a_server_that_withdraws_is_gone_even_where_the_note_did_not_arrive() -> None:
     async def main() -> None:
         async with start_swarm(4) as swarm:
@@ -126,7 +209,7 @@ def test_announcements_expire_by_the_clock() -> None:
             expiry_s = signed.announcement.expires_at_s
             assert await swarm[0].find_servers(FINGERPRINT, now=expiry_s - 1) == [signed]
             assert await swarm[0].find_servers(FINGERPRINT, now=expiry_s) == []
-            assert await swarm[0].list_models(now=expiry_s) == []
+            assert await swarm[0].list_models(now=expiry_s + 600) == []
 
     asyncio.run(main())
 

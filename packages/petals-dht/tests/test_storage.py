@@ -164,6 +164,35 @@ def test_the_greediest_source_gives_way() -> None:
     assert set(MANY[20:25]) <= set(kept(storage))
 
 
+def test_a_source_takes_no_more_than_its_part_of_a_key() -> None:
+    storage = Storage(StorageLimits(max_entries_per_source=3))
+    for signed in MANY[:3]:
+        store(storage, signed, host="192.0.2.1")
+    with pytest.raises(InvalidAnnouncementError, match="no room"):
+        store(storage, MANY[3], host="192.0.2.1")
+    store(storage, MANY[0], host="192.0.2.1")
+    store(storage, MANY[3], key=MODELS_KEY, host="192.0.2.1")
+    store(storage, MANY[4], host="198.51.100.1")
+    for number in range(3):
+        store(storage, MANY[5 + number], host=f"2001:db8::{number}")
+    with pytest.raises(InvalidAnnouncementError, match="no room"):
+        store(storage, MANY[9], host="2001:db8::ffff")
+    storage.sweep(now_s=NOW_S + 300)
+    renewed = make_announcement(now_s=NOW_S + 300)
+    store(storage, renewed, host="192.0.2.1", at_s=300)
+    assert storage.num_entries == 1
+
+
+def test_a_later_one_that_is_kept_is_told() -> None:
+    old, new = (make_announcement(IDENTITIES[0], now_s=NOW_S + second) for second in (0, 1))
+    storage = Storage()
+    store(storage, new, at_s=1)
+    store(storage, old, at_s=1)
+    assert storage.later(KEY, old.encoded, now_s=NOW_S + 1) == new.encoded
+    assert storage.later(KEY, new.encoded, now_s=NOW_S + 1) is None
+    assert storage.later(KEY, MANY[0].encoded, now_s=NOW_S + 1) is None
+
+
 def test_total_bytes_are_bounded() -> None:
     storage = Storage(StorageLimits(max_total_bytes=20_000))
     num_refused = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable
 
 from petals_dht.contacts import Contact, distance
@@ -36,17 +37,20 @@ class Crawl:
         self._seen: set[Contact] = set()
         """By id and address: a false address that somebody tells first must not hide the true one."""
         self._under_way: set[Contact] = set()
+        self._stalled: set[Contact] = set()
+        """Those under way that others are asked beside."""
         self._answered: set[Contact] = set()
         self._learn(seeds)
 
     def take(self) -> list[Contact]:
         """The contacts to ask now; each is to be reported by ``answered`` or ``failed``."""
-        nearest = [contact for _, contact in self._known[: self._width]]
+        living = (contact for _, contact in self._known if contact not in self._stalled)
+        nearest = list(itertools.islice(living, self._width))
         waiting = [contact for contact in nearest if not self._is_asked(contact)]
         # Once the nearest of all has answered, hardly anything nearer will be learnt: ask the rest all at once.
         has_converged = bool(nearest) and nearest[0] in self._answered
         room = self._width if has_converged else self._parallelism
-        taken = waiting[: max(0, min(room - len(self._under_way), self._num_left))]
+        taken = waiting[: max(0, min(room - len(self._under_way - self._stalled), self._num_left))]
         self._num_left -= len(taken)
         self._under_way.update(taken)
         return taken
@@ -54,12 +58,18 @@ class Crawl:
     def answered(self, contact: Contact, contacts: Iterable[Contact]) -> None:
         """``contact`` has answered with the contacts nearest to the key that it knows."""
         self._under_way.discard(contact)
+        self._stalled.discard(contact)
         self._answered.add(contact)
         self._learn(contacts)
+
+    def stalled(self, contact: Contact) -> None:
+        """``contact`` takes long; it may answer yet, but its place is given to another one."""
+        self._stalled.add(contact)
 
     def failed(self, contact: Contact) -> None:
         """``contact`` has not answered."""
         self._under_way.discard(contact)
+        self._stalled.discard(contact)
         self._known.remove((distance(contact.id, self._key), contact))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ from petals_dht.storage import StorageLimits
 
 _MAX_CHECKERS = 3
 _CHECK_TIMEOUT_S = 8.0
+_LISTING_INTERVAL_S = 240.0
+_LISTING_LIFETIME_S = 600.0
+"""How long a model stays on the list after its last server was heard of, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,12 @@ class Directory:
     def __init__(self, node: Node, identity: Identity) -> None:
         self.node = node
         self.identity = identity
+        self._given_at_s = -math.inf
+        """When the latest announcement of this peer was issued that was given to this directory."""
+        self._issued_at_s = -math.inf
+        """The same, as it was dated in the end."""
+        self._listed_at_s: dict[str, float] = {}
+        """When a model was put on the list, by loop time."""
 
     @classmethod
     async def connect(
@@ -159,19 +169,72 @@ class Directory:
         """Make an announcement known until it expires, in place of earlier ones; returns how many nodes keep it.
 
         Servers call this again well before the expiry: nobody else does. What it could do within ``timeout_s`` counts.
+        Where nodes keep one from this peer's life before a restart that was issued later, since a clock was set back,
+        the announcement is dated behind that.
 
         Raises:
             InvalidAnnouncementError: it has expired, say.
             NoPeersError: no other node keeps it, though there should be some.
         """
         key = model_key(signed.announcement.fingerprint)
-        if signed.announcement.state == "offline":
-            return await self.node.store(key, signed.encoded, timeout_s=timeout_s)
-        num_kept, _ = await asyncio.gather(
-            self.node.store(key, signed.encoded, timeout_s=timeout_s),
-            self.node.store(MODELS_KEY, signed.encoded, timeout_s=timeout_s),
+        is_own, given_at_s = signed.peer_id == self.identity.peer_id, signed.announcement.issued_at_s
+        if is_own and self._given_at_s < given_at_s <= self._issued_at_s:
+            signed = self._redated(signed, after_s=self._issued_at_s)
+        kept, _ = await asyncio.gather(
+            self.node.offer(key, signed.encoded, timeout_s=timeout_s), self._list_model(signed, timeout_s=timeout_s)
         )
-        return num_kept
+        if not is_own:
+            return kept.num_nodes
+        self._given_at_s = max(self._given_at_s, given_at_s)
+        self._issued_at_s = max(self._issued_at_s, signed.announcement.issued_at_s)
+        later_at_s = -math.inf if kept.later is None else kept.later.announcement.issued_at_s
+        if later_at_s <= self._issued_at_s:
+            return kept.num_nodes
+        signed = self._redated(signed, after_s=later_at_s)
+        self._issued_at_s = signed.announcement.issued_at_s
+        return await self.node.store(key, signed.encoded, timeout_s=timeout_s)
+
+    def _redated(self, signed: SignedAnnouncement, *, after_s: float) -> SignedAnnouncement:
+        """The same announcement of this peer as if it had been issued right after ``after_s``."""
+        announcement = signed.announcement
+        issued_at_s = after_s + 1e-3
+        lifetime_s = announcement.expires_at_s - announcement.issued_at_s
+        redated = dataclasses.replace(
+            announcement,
+            issued_at_s=issued_at_s,
+            # Rounding must not make it longer than is allowed.
+            expires_at_s=issued_at_s + min(lifetime_s, MAX_ANNOUNCEMENT_LIFETIME_S - 1e-3),
+        )
+        return SignedAnnouncement.sign(redated, self.identity)
+
+    async def _list_model(self, signed: SignedAnnouncement, *, timeout_s: float) -> None:
+        """Put the model on the list, unless that was done lately.
+
+        What goes there is signed anew, with a longer life and in a state in which nobody uses a server. So the nodes
+        that keep the list hear seldom from each of thousands of servers.
+        """
+        announcement = signed.announcement
+        if announcement.state == "offline":
+            return
+        if signed.peer_id == self.identity.peer_id:
+            now_s = asyncio.get_running_loop().time()
+            if now_s - self._listed_at_s.get(announcement.fingerprint, -math.inf) < _LISTING_INTERVAL_S:
+                return
+            listing = dataclasses.replace(
+                announcement,
+                state="joining",
+                issued_at_s=announcement.issued_at_s - 1e-3,
+                expires_at_s=announcement.issued_at_s + _LISTING_LIFETIME_S,
+                addresses=(),
+                adapters=(),
+                next_delays=(),
+            )
+            await self.node.store(
+                MODELS_KEY, SignedAnnouncement.sign(listing, self.identity).encoded, timeout_s=timeout_s
+            )
+            self._listed_at_s = {announcement.fingerprint: now_s}
+        else:
+            await self.node.store(MODELS_KEY, signed.encoded, timeout_s=timeout_s)
 
     async def withdraw(self, announcement: Announcement | SignedAnnouncement, *, timeout_s: float = 5.0) -> int:
         """Tell that this peer's server has left; from now on nobody finds it. Returns how many nodes know.

@@ -96,6 +96,8 @@ class Stored:
 
     is_kept: bool = ruled(schema.boolean)
     reason: str = ruled(_reason, default="")
+    later: bytes | None = ruled(schema.optional(schema.binary(1, MAX_ANNOUNCEMENT_BYTES)), default=None)
+    """The announcement that is kept instead because it was issued later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

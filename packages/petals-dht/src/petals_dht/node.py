@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import statistics
 import time
@@ -35,6 +36,11 @@ _LONGEST_PAUSE_S = 2.0
 _RESTORE_PATIENCE_S = 4.0
 _MIN_PATIENCE_S = 0.25
 _MIN_READING_PATIENCE_S = 0.5
+_PLACES_S = 240.0
+"""How long nodes nearest to a key are offered announcements without a new search: less than their tokens hold."""
+_MAX_PLACES = 16
+_ENOUGH_PLACES = 0.75
+"""A smaller part of them that keeps an announcement calls for a new search."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,16 @@ class NodeTiming:
     """Between two rounds of sweeping, of pinging contacts that are silent and of going back to the initial peers."""
     silence_s: float = 120.0
     """A contact that has not answered for so long is pinged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What came of offering an announcement."""
+
+    num_nodes: int
+    """So many keep it, or a later one of its slot."""
+    later: SignedAnnouncement | None
+    """The latest one that is kept in its place; None if it is the latest."""
 
 
 class Node:
@@ -78,6 +94,8 @@ class Node:
         self._transport = transport
         self._limits = limits
         self._timing = timing
+        self._places: dict[bytes, tuple[list[tuple[Contact, bytes]], float]] = {}
+        """Per key the nodes that announcements were offered to, and when they were found, by loop time."""
         self._refused: deque[bytes] = deque(maxlen=16)
         """The last entries that others gave us and that were not good."""
 
@@ -188,7 +206,10 @@ class Node:
                 f"no initial peer answered within {timeout_s:g} s: {tried}; check that one of them runs, that UDP "
                 "reaches its port, that both sides use the same swarm key or none, and that their clocks agree"
             ) from None
-        await self.nearest_nodes(self.protocol.own.id)
+        # A client needs some nodes that answer; a node had better know all its neighbours.
+        await self.nearest_nodes(
+            self.protocol.own.id, min_patience_s=_MIN_PATIENCE_S if self.protocol.is_client else None
+        )
 
     async def restore(self, contacts: Sequence[Contact]) -> bool:
         """Greet nodes known from before; True as soon as one answers. The others are greeted in the background."""
@@ -276,7 +297,7 @@ class Node:
 
     # --- searching ----------------------------------------------------------------------------------------------------
 
-    async def nearest_nodes(self, key: bytes) -> list[tuple[Contact, bytes]]:
+    async def nearest_nodes(self, key: bytes, *, min_patience_s: float | None = None) -> list[tuple[Contact, bytes]]:
         """The nodes nearest to ``key`` that answer, each with its token, the nearest first."""
         tokens: dict[Contact, bytes] = {}
 
@@ -287,7 +308,7 @@ class Node:
             tokens[contact] = answer.response.token
             return self._told(answer, answer.response)
 
-        crawl = await self._crawl(key, ask, min_patience_s=self._timing.attempt_timeout_s)
+        crawl = await self._crawl(key, ask, min_patience_s=min_patience_s or self._timing.attempt_timeout_s)
         return [(contact, tokens[contact]) for contact in crawl.nearest()]
 
     async def find(self, key: bytes, *, timeout_s: float = 10.0) -> list[SignedAnnouncement]:
@@ -300,7 +321,9 @@ class Node:
         """
         if not len(self.protocol.router) and self.initial_peers:
             await self.join(timeout_s=timeout_s)
-        found = Storage(verifier=self._verifier)
+        # Whoever answers gives what many have stored.
+        limits = StorageLimits(max_entries_per_source=StorageLimits().max_entries_per_key)
+        found = Storage(limits, self._verifier)
         for signed in self.storage.announcements(key, now_s=self.clock()):
             self._collect(found, key, signed.encoded, "127.0.0.1")
         pages: dict[Contact, Found] = {}
@@ -346,37 +369,75 @@ class Node:
             return False
 
     async def store(self, key: bytes, encoded: bytes, *, timeout_s: float = 15.0) -> int:
-        """Keep an announcement at the nodes nearest to ``key``; returns how many keep it, this one included.
+        """As ``offer``; returns only how many nodes keep the announcement."""
+        return (await self.offer(key, encoded, timeout_s=timeout_s)).num_nodes
+
+    async def offer(self, key: bytes, encoded: bytes, *, timeout_s: float = 15.0) -> Kept:
+        """Keep an announcement at the nodes nearest to ``key``, this one included.
+
+        Nodes that were found a few minutes ago are not searched for again as long as most of them keep it.
 
         Raises:
             InvalidAnnouncementError: it is not valid (any more), or not for this key.
             NoPeersError: no other node keeps it, though there should be some.
         """
         slot_of(key, self._verifier.decode(encoded, now_s=self.clock()))
-        outcomes: list[str | None] = []
-        """Of each other node why it does not keep it, or None."""
+        outcomes: list[Stored | None] = []
+        """Of each other node what it said; None for no answer."""
         is_kept_here = False
 
         async def store_at(contact: Contact, token: bytes) -> None:
             answer = await self.protocol.call_contact(contact, Store(key=key, token=token, entry=encoded))
-            if answer is None or not isinstance(answer.response, Stored):
-                outcomes.append("no answer")
-            else:
-                outcomes.append(None if answer.response.is_kept else answer.response.reason)
+            response = None if answer is None else answer.response
+            outcomes.append(response if isinstance(response, Stored) else None)
+
+        async def store_at_all(nearest: Sequence[tuple[Contact, bytes]]) -> None:
+            nonlocal is_kept_here
+            outcomes.clear()
+            if not self.protocol.is_client and self._is_near(key, nearest):
+                self.storage.store(key, encoded, source_host="127.0.0.1", now_s=self.clock())
+                is_kept_here = True
+            await asyncio.gather(*(store_at(contact, token) for contact, token in nearest))
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                nearest = await self.nearest_nodes(key)
-                if not self.protocol.is_client and self._is_near(key, nearest):
-                    self.storage.store(key, encoded, source_host="127.0.0.1", now_s=self.clock())
-                    is_kept_here = True
-                await asyncio.gather(*(store_at(contact, token) for contact, token in nearest))
-        num_kept = outcomes.count(None)
+                known = self._known_places(key)
+                if known is not None:
+                    await store_at_all(known)
+                if known is None or _num_kept(outcomes) < _ENOUGH_PLACES * len(known):
+                    nearest = await self.nearest_nodes(key)
+                    self._remember_places(key, nearest)
+                    await store_at_all(nearest)
+        num_kept = _num_kept(outcomes)
         if not num_kept and (self.initial_peers or not is_kept_here):
-            reasons = Counter(reason for reason in outcomes if reason)
+            reasons = Counter("no answer" if outcome is None else outcome.reason for outcome in outcomes)
             why = reasons.most_common(1)[0][0] if reasons else "none answers; check the network connection"
             raise NoPeersError(f"no other node of the swarm keeps the announcement: {why}")
-        return num_kept + is_kept_here
+        return Kept(num_nodes=num_kept + is_kept_here, later=self._latest(outcomes))
+
+    def _known_places(self, key: bytes) -> list[tuple[Contact, bytes]] | None:
+        """The nodes nearest to ``key`` as they were found lately, with tokens that still hold; None if not known.
+
+        In a swarm with few nodes every new one counts, so these are searched for each time.
+        """
+        nearest, found_at_s = self._places.get(key, ([], 0.0))
+        is_fresh = asyncio.get_running_loop().time() - found_at_s < _PLACES_S
+        return nearest if is_fresh and len(nearest) >= self._limits.bucket_size else None
+
+    def _remember_places(self, key: bytes, nearest: list[tuple[Contact, bytes]]) -> None:
+        self._places.pop(key, None)
+        self._places[key] = (nearest, asyncio.get_running_loop().time())
+        while len(self._places) > _MAX_PLACES:
+            del self._places[next(iter(self._places))]
+
+    def _latest(self, outcomes: Iterable[Stored | None]) -> SignedAnnouncement | None:
+        """The latest of the announcements that nodes keep instead of the one that was offered."""
+        found: list[SignedAnnouncement] = []
+        for outcome in outcomes:
+            if outcome is not None and outcome.later is not None:
+                with contextlib.suppress(InvalidAnnouncementError):
+                    found.append(self._verifier.decode(outcome.later, now_s=self.clock()))
+        return max(found, key=lambda signed: signed.announcement.issued_at_s, default=None)
 
     def _is_near(self, key: bytes, nearest: Sequence[tuple[Contact, bytes]]) -> bool:
         """Whether this node is among the nearest to ``key`` itself."""
@@ -393,36 +454,45 @@ class Node:
     ) -> Crawl:
         """Search for the nodes nearest to ``key``.
 
-        Once somebody has answered, a node that takes several times as long as the slowest so far, and at least
-        ``min_patience_s``, holds up nobody: its answer is left out.
+        A node that takes several times as long as others did gives up its place: others are asked beside it. Once
+        somebody has answered, and it has had at least ``min_patience_s``, its answer is left out.
         """
         loop = asyncio.get_running_loop()
         seeds = self.protocol.router.nearest(key, self._limits.bucket_size)
         crawl = Crawl(key, seeds, own_id=self.protocol.own.id, width=self._limits.bucket_size)
         under_way: dict[asyncio.Task[list[Contact] | None], tuple[Contact, float]] = {}
+        stalled: set[Contact] = set()
         slowest_s: float | None = None
         try:
             while not crawl.is_done:
                 for contact in crawl.take():
                     under_way[asyncio.ensure_future(ask(contact))] = (contact, loop.time())
-                patience_s = None if slowest_s is None else max(min_patience_s, 4 * slowest_s)
-                oldest_s = min(asked_at_s for _, asked_at_s in under_way.values())
-                timeout_s = None if patience_s is None else max(0.0, oldest_s + patience_s - loop.time())
+                usual_s = self.protocol.recent_rtt_s if slowest_s is None else slowest_s
+                stall_s = max(_MIN_PATIENCE_S, 4 * usual_s)
+                patience_s = math.inf if slowest_s is None else max(min_patience_s, 4 * slowest_s)
+                next_at_s = min(
+                    at_s + (patience_s if contact in stalled else min(stall_s, patience_s))
+                    for contact, at_s in under_way.values()
+                )
+                timeout_s = None if math.isinf(next_at_s) else max(0.0, next_at_s - loop.time())
                 done, _ = await asyncio.wait(under_way, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    contact, asked_at_s = under_way.pop(task)
+                    contact, at_s = under_way.pop(task)
                     contacts = task.result()
                     if contacts is None:
                         crawl.failed(contact)
                     else:
                         crawl.answered(contact, contacts)
-                        slowest_s = max(slowest_s or 0.0, loop.time() - asked_at_s)
-                if not done and patience_s is not None:
-                    for task, (contact, asked_at_s) in list(under_way.items()):
-                        if loop.time() - asked_at_s >= patience_s:
-                            del under_way[task]
-                            crawl.failed(contact)
-                            self.protocol.spawn(_ignore(task))
+                        slowest_s = max(slowest_s or 0.0, loop.time() - at_s)
+                for task, (contact, at_s) in [] if done else list(under_way.items()):
+                    waited_s = loop.time() - at_s
+                    if waited_s >= patience_s:
+                        del under_way[task]
+                        crawl.failed(contact)
+                        self.protocol.spawn(_ignore(task))
+                    elif waited_s >= stall_s and contact not in stalled:
+                        stalled.add(contact)
+                        crawl.stalled(contact)
         finally:
             for task in under_way:
                 task.cancel()
@@ -463,3 +533,7 @@ class Node:
 async def _ignore(task: asyncio.Task[list[Contact] | None]) -> None:
     """Wait for an answer that comes too late, so that a dead node leaves the routing table."""
     await task
+
+
+def _num_kept(outcomes: Iterable[Stored | None]) -> int:
+    return sum(outcome is not None and outcome.is_kept for outcome in outcomes)

@@ -97,6 +97,8 @@ class DirectoryProtocol(KademliaProtocol):
         self.dropped: Counter[str] = Counter()
         self.num_requests = 0
         """Requests of others that were answered."""
+        self.num_sent = self.sent_bytes = 0
+        """Datagrams sent, and their content."""
         self.max_sent_bytes = 0
         self.answered_at_s: dict[bytes, float] = {}
         """When a contact last answered, by loop time."""
@@ -246,6 +248,8 @@ class DirectoryProtocol(KademliaProtocol):
         if self.transport.is_closing() or self.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self.dropped["unsent"] += 1
             return
+        self.num_sent += 1
+        self.sent_bytes += len(content)
         self.max_sent_bytes = max(self.max_sent_bytes, len(content))
         host, port = address
         self.transport.sendto(content, (f"::ffff:{host}" if self._is_mapped and ":" not in host else host, port))

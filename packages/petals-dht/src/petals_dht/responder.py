@@ -113,6 +113,7 @@ class Responder:
             return Stored(is_kept=False, reason="too many announcements from this address")
         try:
             self._storage.store(request.key, request.entry, source_host=source.host, now_s=now_s)
+            later = self._storage.later(request.key, request.entry, now_s=now_s)
         except InvalidAnnouncementError as error:
             return Stored(is_kept=False, reason=error.message[:200])
-        return Stored(is_kept=True)
+        return Stored(is_kept=True, later=later)

@@ -23,6 +23,7 @@ from petals_dht.verification import Verifier
 
 FIRST_SLOT = bytes(SLOT_BYTES)
 LAST_SLOT = b"\xff" * SLOT_BYTES
+_NO_ROOM = "no room for more announcements from this address"
 _FRAMING_BYTES = 3
 """What msgpack adds to an entry in a page."""
 _ENTRY_OVERHEAD_BYTES = 1024
@@ -34,6 +35,8 @@ class StorageLimits:
     """Bounds of one node's storage."""
 
     max_entries_per_key: int = 1024
+    max_entries_per_source: int = 128
+    """Under one key; so many servers may share an address, and a flood stays small where there is room, too."""
     max_total_bytes: int = 64 * MIB
 
 
@@ -73,6 +76,8 @@ class _Shelf:
     slots: list[bytes] = field(default_factory=list)
     """Sorted."""
     entries: dict[bytes, Entry] = field(default_factory=dict)
+    use: Counter[str] = field(default_factory=Counter)
+    """Entries per source."""
     digest: bytes | None = None
     next_expiry_s: float = float("inf")
 
@@ -138,6 +143,16 @@ class Storage:
         self._insert(key, slot, entry)
         return True
 
+    def later(self, key: bytes, encoded: bytes, *, now_s: float) -> bytes | None:
+        """What is kept in the slot of an announcement instead of it; None if it is kept itself.
+
+        Raises:
+            InvalidAnnouncementError: it is not valid, or not for this key.
+        """
+        shelf = self._live_shelf(key, now_s)
+        entry = None if shelf is None else shelf.entries.get(slot_of(key, self._verifier.decode(encoded, now_s=now_s)))
+        return None if entry is None or entry.signed.encoded == encoded else entry.signed.encoded
+
     def announcements(self, key: bytes, *, now_s: float) -> list[SignedAnnouncement]:
         """All live entries of a key, those of servers that have left too."""
         shelf = self._live_shelf(key, now_s)
@@ -192,9 +207,10 @@ class Storage:
 
     def _make_room(self, key: bytes, newcomer: Entry) -> None:
         shelf = self._shelves.get(key)
+        if shelf is not None and shelf.use[newcomer.source] >= self._limits.max_entries_per_source:
+            raise InvalidAnnouncementError(_NO_ROOM)
         if shelf is not None and len(shelf.slots) >= self._limits.max_entries_per_key:
-            use = Counter(entry.source for entry in shelf.entries.values())
-            source = _who_gives_way(use, newcomer.source)
+            source = _who_gives_way(shelf.use, newcomer.source)
             slot = next(slot for slot, entry in shelf.entries.items() if entry.source == source)
             self._remove(key, slot)
         while self.total_bytes + newcomer.num_bytes > self._limits.max_total_bytes:
@@ -205,6 +221,7 @@ class Storage:
         shelf = self._shelves.setdefault(key, _Shelf())
         bisect.insort(shelf.slots, slot)
         shelf.entries[slot] = entry
+        shelf.use[entry.source] += 1
         shelf.digest = None
         shelf.next_expiry_s = min(shelf.next_expiry_s, entry.expires_at_s)
         self._places.setdefault(entry.source, {})[key, slot] = None
@@ -216,6 +233,7 @@ class Storage:
         entry = shelf.entries.pop(slot)
         shelf.slots.pop(bisect.bisect_left(shelf.slots, slot))
         shelf.digest = None
+        shelf.use -= Counter({entry.source: 1})
         if not shelf.slots:
             del self._shelves[key]
         self.num_entries -= 1
@@ -228,7 +246,7 @@ class Storage:
 def _who_gives_way(use: Counter[str], newcomer: str) -> str:
     source, most = use.most_common(1)[0]
     if most <= use[newcomer]:
-        raise InvalidAnnouncementError("no room for more announcements from this address")
+        raise InvalidAnnouncementError(_NO_ROOM)
     return source
 
 

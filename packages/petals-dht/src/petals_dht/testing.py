@@ -18,6 +18,7 @@ from petals_core.wire.messages import Info
 from petals_dht.directory import Directory
 from petals_dht.node import NodeTiming
 from petals_dht.protocol import Reach
+from petals_dht.responder import NodeLimits
 
 FINGERPRINT = "f" * 64
 
@@ -106,10 +107,13 @@ async def start_swarm(
     timing: NodeTiming | None = None,
     reach: Reach | None = None,
     clock: Callable[[], float] = time.time,
+    skew_s: float = 0.0,
+    limits: NodeLimits | None = None,
 ) -> AsyncIterator[list[Directory]]:
-    """Run so many nodes that all join by the first one."""
+    """Run so many nodes that all join by the first one. Their clocks differ by up to ``skew_s``."""
 
-    async def start(initial_peers: list[Address]) -> Directory:
+    async def start(number: int, initial_peers: list[Address]) -> Directory:
+        offset_s = skew_s * (number / max(1, num_nodes - 1) - 0.5)
         return await Directory.start(
             Identity.ephemeral(),
             host,
@@ -117,13 +121,14 @@ async def start_swarm(
             initial_peers=initial_peers,
             timing=timing,
             reach=reach,
-            clock=clock,
+            limits=limits,
+            clock=lambda: clock() + offset_s,
         )
 
-    directories = [await start([])]
+    directories = [await start(0, [])]
     try:
         peers = [Address(host, directories[0].port)]
-        directories += await asyncio.gather(*(start(peers) for _ in range(num_nodes - 1)))
+        directories += await asyncio.gather(*(start(number, peers) for number in range(1, num_nodes)))
         yield directories
     finally:
         await asyncio.gather(*(directory.close() for directory in directories))
