@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -335,34 +336,31 @@ def test_a_config_that_does_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config_class", "options", "message"),
     [
-        (MambaConfig(num_hidden_layers=2, hidden_size=32), "a cache of its own kind"),
-        (T5Config(num_layers=2), "encoder-decoder"),
+        (MambaConfig, {}, "a cache of its own kind"),
+        (T5Config, {}, "encoder-decoder"),
         (
-            Zamba2Config(
-                num_hidden_layers=2,
-                hidden_size=32,
-                layers_block_type=["linear_attention", "hybrid"],
-                num_attention_heads=2,
-                mamba_ngroups=1,
-                n_mamba_heads=4,
-                mamba_headdim=16,
-            ),
+            Zamba2Config,
+            {
+                "layers_block_type": ["linear_attention", "hybrid"],
+                "num_attention_heads": 2,
+                "mamba_ngroups": 1,
+                "n_mamba_heads": 4,
+                "mamba_headdim": 16,
+            },
             "read the embeddings again",
         ),
-        (
-            Qwen3NextConfig(num_hidden_layers=2, layer_types=["indexed_attention", "full_attention"]),
-            "indexed_attention",
-        ),
-        (ViTConfig(num_hidden_layers=2, hidden_size=32), "can't be served"),
-        (
-            MiniMaxConfig(num_hidden_layers=2, hidden_size=32, layer_types=["linear_attention", "full_attention"]),
-            "uses cache of its own",
-        ),
+        (Qwen3NextConfig, {"layer_types": ["indexed_attention", "full_attention"]}, "indexed_attention"),
+        (ViTConfig, {}, "can't be served"),
+        (MiniMaxConfig, {"layer_types": ["linear_attention", "full_attention"]}, "uses cache of its own"),
     ],
 )
-def test_what_can_not_be_split_is_refused_in_one_line(config: Any, message: str) -> None:
+def test_what_can_not_be_split_is_refused_in_one_line(config_class: Any, options: dict[str, Any], message: str) -> None:
+    try:
+        config = config_class(num_hidden_layers=2, hidden_size=32, **options)
+    except StrictDataclassClassValidationError:
+        pytest.skip(f"this version of Transformers refuses {options} itself")
     with pytest.raises(UnsupportedModelError, match=message) as raised:
         find_architecture(config)
     one_line(raised)
