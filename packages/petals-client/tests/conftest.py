@@ -45,7 +45,10 @@ class LocalChain:
         finally:
             session.close()
 
-    def open_session(self, *, start: int, end: int, num_rows: int, max_length: int) -> LocalSession:
+    def open_session(
+        self, *, start: int, end: int, num_rows: int, max_length: int, prompts: Tensor | None = None
+    ) -> LocalSession:
+        assert prompts is None
         return LocalSession(self, start, end, num_rows, max_length)
 
     def close(self) -> None:

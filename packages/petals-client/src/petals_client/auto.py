@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from petals_client.options import ClientOptions, as_choice
@@ -52,12 +53,16 @@ class _AutoDistributed:
         allowed_quantization: str | Sequence[str] | None = None,
         allowed_dtypes: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
         options: ClientOptions | None = None,
+        tuning_mode: str | None = None,
+        pre_seq_len: int | None = None,
+        tuned: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load embeddings, final norm and head, and reach the blocks through the swarm.
 
         Args:
-            name_or_path: a folder, or a name on the hub; the servers must hold the very same checkpoint.
+            name_or_path: a folder, or a name on the hub; the servers must hold the very same checkpoint. A folder of
+                trained weights stands for the model that they were trained with.
             initial_peers: addresses ``HOST:PORT`` of some peers of the swarm.
             swarm_key_file: the key of a private swarm.
             dtype: what the client computes in; by default what the checkpoint is stored in. Or ``torch_dtype``.
@@ -69,6 +74,9 @@ class _AutoDistributed:
                 any, and what is lossy is said.
             allowed_dtypes: what servers may compute in, ``["float32"]`` for example; by default anything.
             options: time limits and the like.
+            tuning_mode: ``"ptune"`` to train prompts before every row, ``"deep_ptune"`` at every block too.
+            pre_seq_len: how many virtual tokens these prompts have; 16 by default.
+            tuned: a folder, or a name on the hub, with weights that ``save_pretrained`` of such a model wrote.
 
         Returns:
             An instance of the class of Transformers for this checkpoint, with ``inference_session`` besides.
@@ -78,8 +86,20 @@ class _AutoDistributed:
             ConfigurationError: an option is wrong, or the checkpoint is of another family.
             NoPeersError: none of the initial peers answers.
         """
+        from petals_client.tuned_weights import is_tuned_folder, open_tuned
+        from petals_client.tuning import check_mode
         from petals_core.models.checkpoint import Checkpoint
 
+        access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if tuned is None and is_tuned_folder(name_or_path):
+            tuned = name_or_path
+        trained = None if tuned is None else open_tuned(tuned, **access)
+        if trained is not None:
+            if tuned == name_or_path:
+                name_or_path = trained.card.base_model
+            tuning_mode = tuning_mode or trained.card.tuning_mode
+            pre_seq_len = pre_seq_len or trained.card.pre_seq_len
+        num_prompts = check_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint.open(
             name_or_path,
             revision=revision,
@@ -100,14 +120,21 @@ class _AutoDistributed:
             dtype = "auto" if torch_dtype is None else torch_dtype
         chain = SwarmChain.connect(checkpoint, options, dtype=dtype)
         try:
-            return load_model(
+            model = load_model(
                 checkpoint,
                 mapping=cls._mapping,
                 chain=chain,
                 dtype=dtype,
                 device=_single_device(device_map),
                 config=config,
+                tuning_mode=tuning_mode,
+                num_prompts=num_prompts,
             )
+            if Path(name_or_path).is_dir():
+                model.petals_origin = replace(model.petals_origin, name=str(Path(name_or_path).resolve()))
+            if trained is not None:
+                trained.load_into(model)
+            return model
         except BaseException:
             chain.close()
             raise
@@ -200,6 +227,8 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     config: PreTrainedConfig | None = None,
+    tuning_mode: str | None = None,
+    num_prompts: int = 0,
 ) -> Any:
     """Build the class of Transformers for a checkpoint around the blocks behind ``chain``.
 
@@ -211,6 +240,8 @@ def load_model(
     from petals_client.base_model import BLOCKS_ATTRIBUTE, remote_base_class
     from petals_client.generation import distributed_class
     from petals_client.remote_sequential import RemoteSequential
+    from petals_client.tuned_model import Origin
+    from petals_client.tuning import attach_prompts, freeze
     from petals_core.models.split import find_architecture, load_client_half
 
     config = checkpoint.config if config is None else config
@@ -239,7 +270,20 @@ def load_model(
     owner = model.base_model.get_submodule(owner_path)
     setattr(owner, BLOCKS_ATTRIBUTE, name)
     owner.__class__ = remote_base_class(type(owner))
+    stored = {model.base_model_prefix + "." + each for each in checkpoint.tensor_names} | {*checkpoint.tensor_names}
+    freeze(model, model.base_model, lambda name: name in stored)
+    if tuning_mode is not None:
+        embeddings = model.get_input_embeddings().weight
+        attach_prompts(
+            owner,
+            embeddings,
+            blocks,
+            num_tokens=num_prompts,
+            mode=tuning_mode,
+            hidden_size=architecture.hidden_size,
+        )
     model.__class__ = distributed_class(type(model))
+    model.petals_origin = Origin(name=str(checkpoint.name), fingerprint=checkpoint.fingerprint)
     model.eval()
     return model
 

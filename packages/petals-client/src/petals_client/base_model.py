@@ -15,6 +15,7 @@ from torch import Tensor
 from petals_client.hidden_states import StateCollector
 from petals_client.inference_session import InferenceSession
 from petals_client.remote_sequential import BlockCall, RemoteSequential, entered
+from petals_client.tuning import add_prompts
 from petals_core.errors import InvalidRequestError
 from petals_core.models.transformers_forward import (
     BaseCall,
@@ -93,6 +94,7 @@ def remote_base_class(base_class: type[Any]) -> type[Any]:
         call = read_base_call(self, original, args, kwargs)
         session = _choose_session(blocks, call)
         block_call = _read_block_call(blocks, session, call, counts_positions=takes_position_ids(original))
+        block_call = add_prompts(self, original, call, block_call)
         past = 0 if session is None else session.position
         with entered(block_call):
             output = original(self, **call.arguments)

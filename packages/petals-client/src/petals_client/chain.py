@@ -93,8 +93,12 @@ class Chain(Protocol):
             PetalsError: no chain could do it.
         """
 
-    def open_session(self, *, start: int, end: int, num_rows: int, max_length: int) -> ChainSession:
+    def open_session(
+        self, *, start: int, end: int, num_rows: int, max_length: int, prompts: Tensor | None = None
+    ) -> ChainSession:
         """Open a session on blocks ``start:end`` for up to ``max_length`` columns.
+
+        ``prompts`` [end - start, 1, P, H] are added to the states of each row's first P tokens before each block.
 
         Raises:
             PetalsError: no chain could be opened.

@@ -13,12 +13,13 @@ from petals_client.base_model import BLOCKS_ATTRIBUTE, Generation, current_gener
 from petals_client.drafting import decode_with_drafts
 from petals_client.inference_session import DRAFT_COLUMNS, InferenceSession
 from petals_client.remote_sequential import RemoteSequential
+from petals_client.tuned_model import TunableModel
 from petals_core.errors import InvalidRequestError, SessionLengthError
 from petals_core.models.transformers_forward import CountingCache
 from petals_core.models.transformers_generation import AssistedCall, GenerationEntry, skip_cached
 
 
-class DistributedModel:
+class DistributedModel(TunableModel):
     """Mixin before a model class of Transformers whose blocks are remote."""
 
     base_model: Any
@@ -43,27 +44,6 @@ class DistributedModel:
     def use_session(self, session: InferenceSession) -> Any:
         """Context manager: let the calls inside use a session that was opened before."""
         return self.remote_blocks.use_session(session)
-
-    # --- what would go wrong without a word ---------------------------------------------------------------------------
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: what is here is not the whole model, and would look like it.
-
-        Raises:
-            InvalidRequestError: always.
-        """
-        raise InvalidRequestError(
-            "a distributed model holds no blocks, so that saving it would give a broken checkpoint: "
-            "save the parts that you trained with torch.save(module.state_dict(), ...)"
-        )
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse, as ``save_pretrained`` does.
-
-        Raises:
-            InvalidRequestError: always.
-        """
-        self.save_pretrained()
 
     def close(self) -> None:
         """Let go of all connections; the model can't be used afterwards."""

@@ -17,6 +17,7 @@ from petals_client.chain import Chain, ChainSession, StepRequest
 from petals_client.columns import ColumnMap
 from petals_client.hidden_states import SplitSession, StateCollector
 from petals_client.packing import pack, read_layout, read_position_runs, unpack
+from petals_client.prefix import Prefix, PrefixedSession
 from petals_client.trace import StepTrace
 from petals_core.errors import InvalidRequestError, PetalsError, SessionLengthError
 from petals_core.models.transformers_forward import CountingCache
@@ -69,6 +70,11 @@ class InferenceSession:
     @position.setter
     def position(self, length: int) -> None:
         self.truncate(length)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the servers hold a cache for it, if only an empty one."""
+        return self._remote is not None
 
     @property
     def num_rows(self) -> int | None:
@@ -162,6 +168,7 @@ class InferenceSession:
         valid: Tensor | None = None,
         position_ids: Tensor | None = None,
         collector: StateCollector | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """Append T columns and return their hidden states behind the last block, on the same device in the same dtype.
 
@@ -170,6 +177,7 @@ class InferenceSession:
             valid: nonzero where there is a token; None: everywhere. What comes back at pads is zero.
             position_ids: [R, T] or [1, T]; None: each row goes on from the number of its tokens.
             collector: is given the states between blocks that it wants.
+            prefix: what stands before every row; counts in the first step only.
 
         Raises:
             SessionLengthError: the columns do not fit ``max_length``.
@@ -179,7 +187,7 @@ class InferenceSession:
         if not self._in_use.acquire(blocking=False):
             raise InvalidRequestError("another thread uses this session: open one for each thread")
         try:
-            return self._step(hidden, valid, position_ids, collector)
+            return self._step(hidden, valid, position_ids, collector, prefix)
         finally:
             self._in_use.release()
 
@@ -189,6 +197,7 @@ class InferenceSession:
         valid: Tensor | None,
         position_ids: Tensor | None,
         collector: StateCollector | None,
+        prefix: Prefix | None,
     ) -> Tensor:
         if self._is_closed:
             raise InvalidRequestError("this session is closed: open another one with model.inference_session()")
@@ -207,7 +216,7 @@ class InferenceSession:
         columns = self._columns
         if columns is None or self._remote is None:
             columns = ColumnMap(num_rows)
-            self._remote = self._open(num_rows, collector)
+            self._remote = self._open(num_rows, collector, prefix, hidden.dtype)
             self._columns = columns
         remote = self._remote
         between = collector.bounds(self.start, self.end)[1:-1] if collector is not None else ()
@@ -243,8 +252,19 @@ class InferenceSession:
                 collector.states[block] = unpack(remote.states[block].to(hidden.device), layout)
         return unpack(packed.to(hidden.device), layout)
 
-    def _open(self, num_rows: int, collector: StateCollector | None) -> ChainSession:
+    def _open(
+        self, num_rows: int, collector: StateCollector | None, prefix: Prefix | None, dtype: torch.dtype
+    ) -> ChainSession:
         max_length = self.max_length + DRAFT_COLUMNS
+        if prefix is not None:
+            session = self._chain.open_session(
+                start=self.start,
+                end=self.end,
+                num_rows=num_rows,
+                max_length=max_length + prefix.num_tokens,
+                prompts=None if prefix.prompts is None else prefix.prompts.detach().to("cpu", dtype),
+            )
+            return PrefixedSession(session, prefix)
         bounds = collector.bounds(self.start, self.end) if collector is not None else ()
         if len(bounds) > 2:
             return SplitSession(self._chain, bounds, num_rows=num_rows, max_length=max_length)

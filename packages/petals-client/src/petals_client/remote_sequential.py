@@ -17,6 +17,7 @@ from petals_client.chain import Chain
 from petals_client.hidden_states import StateCollector
 from petals_client.inference_session import InferenceSession
 from petals_client.packing import Layout, pack, read_layout, read_position_runs, unpack
+from petals_client.prefix import Prefix, prepend
 from petals_core.errors import InvalidRequestError
 
 
@@ -32,7 +33,11 @@ class BlockCall:
     collector: StateCollector | None = None
     """Gathers hidden states between blocks; None: nobody asks for them."""
     prompts: Tensor | None = None
-    """Deep prompts [blocks, 1 or R, P, H]."""
+    """Deep prompts [blocks, 1 or R, P, H] of the tokens themselves."""
+    prefix: Prefix | None = None
+    """Virtual tokens before every row, with deep prompts of their own."""
+    entrance: list[Tensor] | None = None
+    """Where to put what comes in, instead of computing anything."""
 
 
 _call: ContextVar[BlockCall | None] = ContextVar("petals block call", default=None)
@@ -121,7 +126,11 @@ class RemoteSequential(nn.Module):
             call = BlockCall(blocks=self, session=self.open_session, valid=None, position_ids=None, prompts=prompts)
         if call.collector is not None:
             call.collector.states[0] = hidden
-        output = self._run(hidden, call)
+        if call.entrance is not None:
+            call.entrance.append(hidden)
+            output = hidden
+        else:
+            output = self._run(hidden, call)
         # Two elements, because some families unpack them (bamba) where others take the first (bloom, falcon).
         return (output, None) if self._returns_tuple and not is_direct else output
 
@@ -136,6 +145,23 @@ class RemoteSequential(nn.Module):
         runs = None if call.position_ids is None else read_position_runs(call.position_ids, layout, [0] * num_rows)
         packed = pack(hidden, layout).cpu()
         prompts = None if call.prompts is None else self._check_prompts(call.prompts, layout).to(packed)
+        row_tokens = layout.row_tokens
+        places: Tensor | None = None
+        if call.prefix is not None:
+            prefixed = prepend(call.prefix.states, packed, row_tokens, runs)
+            packed, row_tokens, runs, places = (
+                prefixed.packed,
+                prefixed.row_tokens,
+                prefixed.position_runs,
+                prefixed.places,
+            )
+            prompts = None if call.prefix.prompts is None else call.prefix.prompts.to(packed)
+
+        def restore(packed: Tensor) -> Tensor:
+            """What the caller sees of packed states."""
+            tokens = packed if places is None else packed.index_select(0, places)
+            return unpack(tokens.to(hidden.device), layout)
+
         bounds = (self.start, self.end) if call.collector is None else call.collector.bounds(self.start, self.end)
         for start, end in pairwise(bounds):
             if layout.num_tokens:
@@ -143,17 +169,21 @@ class RemoteSequential(nn.Module):
                 packed = run_blocks(
                     packed,
                     part,
-                    RemoteCall(
-                        chain=self.chain, start=start, end=end, row_tokens=layout.row_tokens, position_runs=runs
-                    ),
+                    RemoteCall(chain=self.chain, start=start, end=end, row_tokens=row_tokens, position_runs=runs),
                 )
             if call.collector is not None:
-                call.collector.states[end] = unpack(packed.to(hidden.device), layout)
-        return unpack(packed.to(hidden.device), layout)
+                call.collector.states[end] = restore(packed)
+        return restore(packed)
 
     def _step(self, hidden: Tensor, call: BlockCall) -> Tensor:
         assert call.session is not None
-        return call.session.step(hidden, valid=call.valid, position_ids=call.position_ids, collector=call.collector)
+        return call.session.step(
+            hidden,
+            valid=call.valid,
+            position_ids=call.position_ids,
+            collector=call.collector,
+            prefix=call.prefix,
+        )
 
     def _check_prompts(self, prompts: Tensor, layout: Layout) -> Tensor:
         shape = tuple(prompts.shape)

@@ -70,7 +70,14 @@ class HopSession:
 
     @classmethod
     async def open(
-        cls, connection: PeerConnection, hop: Hop, request: OpenSession, *, timeout_s: float, history_bytes: int
+        cls,
+        connection: PeerConnection,
+        hop: Hop,
+        request: OpenSession,
+        payload: Sequence[Buffer] = (),
+        *,
+        timeout_s: float,
+        history_bytes: int,
     ) -> HopSession:
         """Open a stream and the session on it; on failure nothing is left.
 
@@ -80,7 +87,7 @@ class HopSession:
         stream = connection.open_stream(Priority.DECODE)
         try:
             async with asyncio.timeout(timeout_s):
-                await stream.send(request)
+                await stream.send(request, payload)
                 reply = await stream.receive(timeout_s=None)
             if not isinstance(reply.body, SessionOpened):
                 raise ProtocolError(f"the server answered with {type(reply.body).__name__} to the opening of a session")

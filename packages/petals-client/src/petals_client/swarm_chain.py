@@ -148,12 +148,16 @@ class SwarmChain:
 
         return self.run(run)
 
-    def open_session(self, *, start: int, end: int, num_rows: int, max_length: int) -> SwarmChainSession:
+    def open_session(
+        self, *, start: int, end: int, num_rows: int, max_length: int, prompts: Tensor | None = None
+    ) -> SwarmChainSession:
         """See ``Chain.open_session``."""
 
         async def run() -> SwarmSession:
             swarm = await self._ensure_swarm()
-            session = SwarmSession(swarm, start=start, end=end, num_rows=num_rows, max_length=max_length)
+            session = SwarmSession(
+                swarm, start=start, end=end, num_rows=num_rows, max_length=max_length, prompts=prompts
+            )
             await session.open()
             return session
 

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from petals_client.chain import StepRequest
 from petals_client.history import merge_steps
 from petals_client.session import HopSession, States, join_states
@@ -26,7 +28,8 @@ from petals_core.errors import (
 )
 from petals_core.identity import PeerId
 from petals_core.routing.graph import Chain, Hop
-from petals_core.wire.messages import SESSION_ID_BYTES, OpenSession
+from petals_core.tensors.codec import encode
+from petals_core.wire.messages import SESSION_ID_BYTES, Buffer, OpenSession
 
 _logger = logging.getLogger(__name__)
 _MAX_TRACES = 1024
@@ -38,12 +41,23 @@ _MAX_WAIT_S = 5.0
 class SwarmSession:
     """The attention cache of one batch, spread over the servers of a chain. Belongs to one event loop."""
 
-    def __init__(self, swarm: Swarm, *, start: int, end: int, num_rows: int, max_length: int) -> None:
+    def __init__(
+        self,
+        swarm: Swarm,
+        *,
+        start: int,
+        end: int,
+        num_rows: int,
+        max_length: int,
+        prompts: Tensor | None = None,
+    ) -> None:
+        """``prompts`` [end - start, 1, P, H] are deep prompts."""
         self._swarm = swarm
         self._start = start
         self._end = end
         self._num_rows = num_rows
         self._max_length = max_length
+        self._prompts = prompts
         self._hops: list[HopSession] = []
         self._is_closed = False
         self._failures: list[tuple[PeerId, PetalsError]] = []
@@ -290,6 +304,11 @@ class SwarmSession:
 
     async def _open_hop(self, hop: Hop, server: SignedAnnouncement, *, timeout_s: float) -> HopSession:
         connection = await self._swarm.connect(server)
+        tensors: tuple[Any, ...] | None = None
+        payload: Sequence[Buffer] = ()
+        if self._prompts is not None:
+            spec, payload = encode(self._prompts[hop.start - self._start : hop.end - self._start])
+            tensors = (spec.to_wire(),)
         request = OpenSession(
             session_id=os.urandom(SESSION_ID_BYTES),
             fingerprint=self._swarm.fingerprint,
@@ -298,9 +317,10 @@ class SwarmSession:
             num_rows=self._num_rows,
             max_length=self._max_length,
             deadline_ms=int(timeout_s * 1000),
+            tensors=tensors,
         )
         return await HopSession.open(
-            connection, hop, request, timeout_s=timeout_s, history_bytes=self._swarm.options.history_bytes
+            connection, hop, request, payload, timeout_s=timeout_s, history_bytes=self._swarm.options.history_bytes
         )
 
 

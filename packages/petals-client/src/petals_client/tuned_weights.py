@@ -1,0 +1,146 @@
+"""What was trained, in a folder or a repository on the hub: a safetensors file and a small card, without the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from petals_core.errors import CheckpointError, ConfigurationError
+from petals_core.models.safetensors_file import read_header, read_tensor
+from petals_core.models.sources import Folder, Hub, Source, read_json
+
+CARD: Final = "petals_tuning.json"
+WEIGHTS: Final = "petals_tuning.safetensors"
+_FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningCard:
+    """What the trained weights belong to."""
+
+    format: int = _FORMAT
+    base_model: str
+    """Name or path of the checkpoint, as it was loaded."""
+    fingerprint: str
+    model_class: str
+    """Transformers' class."""
+    tuning_mode: str | None
+    pre_seq_len: int
+
+
+def save(folder: str | os.PathLike[str], card: TuningCard, tensors: dict[str, Tensor]) -> None:
+    """Write card, tensors, and a README for the hub."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+    (folder / "README.md").write_text(_readme(card))
+
+
+def _readme(card: TuningCard) -> str:
+    what = "Weights" if card.tuning_mode is None else f"Prompts ({card.tuning_mode}, {card.pre_seq_len} tokens)"
+    return (
+        f"---\nbase_model: {json.dumps(card.base_model)}\nlibrary_name: petals\ntags:\n- petals\n---\n\n"
+        f"{what} for {card.base_model}, trained through a Petals swarm. `{CARD}` says what they are, `{WEIGHTS}` holds "
+        "them. Load both with `from_pretrained(BASE_MODEL, tuned=THIS, initial_peers=...)`.\n"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedWeights:
+    """Trained weights where they are stored; nothing but the card is read yet."""
+
+    source: Source
+    card: TuningCard
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the tensors into the model's parameters of the same names, and let these train.
+
+        Raises:
+            CheckpointError: the file is broken.
+            ConfigurationError: the model has no such parameters.
+        """
+        path = self.source.path(WEIGHTS)
+        entries = read_header(path, WEIGHTS)
+        parameters = dict(nn.Module.named_parameters(model))
+        for name, entry in entries.items():
+            parameter = parameters.get(name)
+            tensor = read_tensor(path, entry)
+            if parameter is None or parameter.shape != tensor.shape:
+                raise ConfigurationError(
+                    f"{self.source} has a weight {name} of shape {list(tensor.shape)}, and this model has "
+                    f"{'none of that name' if parameter is None else f'one of shape {list(parameter.shape)}'}: "
+                    f"it was trained with {self.card.model_class} of {self.card.base_model}"
+                )
+            parameter.data.copy_(tensor)
+            parameter.requires_grad_(True)
+
+
+def is_tuned_folder(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder with trained weights and no model."""
+    folder = Path(name_or_path)
+    return (folder / CARD).is_file() and not (folder / "config.json").exists()
+
+
+def open_tuned(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> TunedWeights:
+    """Find what ``save`` wrote, in a folder or on the hub.
+
+    Raises:
+        CheckpointError: there is nothing of the kind, or it can't be read.
+    """
+    source: Source
+    if Path(name_or_path).is_dir():
+        source = Folder(Path(name_or_path))
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text := str(name_or_path)) and not text.startswith("."):
+        source = Hub(
+            text,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            local_files_only=local_files_only,
+        )
+    else:
+        raise CheckpointError(f"there is no folder {text}: check the path, or give a hub name like owner/name")
+    path = source.find(CARD)
+    if path is None:
+        raise CheckpointError(f"{source} has no {CARD}: it holds no weights that save_pretrained wrote")
+    return TunedWeights(source=source, card=_read_card(read_json(path), source))
+
+
+def _read_card(content: dict[str, Any], source: Source) -> TuningCard:
+    if content.get("format") != _FORMAT:
+        raise CheckpointError(f"{source} is of format {content.get('format')!r}, and this version reads {_FORMAT}")
+    kinds = {"base_model": str, "fingerprint": str, "model_class": str, "pre_seq_len": int}
+    for name, kind in kinds.items():
+        if type(content.get(name)) is not kind:
+            raise CheckpointError(f"{CARD} of {source} is broken: {name} is {content.get(name)!r}")
+    mode = content.get("tuning_mode")
+    if mode is not None and type(mode) is not str:
+        raise CheckpointError(f"{CARD} of {source} is broken: tuning_mode is {mode!r}")
+    return TuningCard(tuning_mode=mode, **{name: content[name] for name in kinds})
+
+
+def push(folder: str | Path, repo_id: str, *, token: str | None, private: bool | None, message: str) -> str:
+    """Upload a folder to a repository on the hub, made if it does not exist; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message=message)
+    return str(url)
