@@ -1,7 +1,8 @@
 """A swarm of separate processes on this machine, started through the public commands and stopped without remains.
 
-Needs the standard library and a POSIX system. The processes listen on the loopback interface at ports that the system
-chooses, keep their keys in a temporary folder, and each leads a process group of its own.
+Needs the standard library and a POSIX system. The processes listen on the loopback interface, or on hosts of the
+network lab, at ports that the system chooses, keep their keys in a temporary folder, and each leads a process group of
+its own.
 """
 
 from __future__ import annotations
@@ -27,9 +28,20 @@ READY = re.compile(r"^serving ")
 """The line by which a server says that clients can use it."""
 _WAITS = re.compile(r"^waiting$")
 _THEN_WAIT = "\nprint('waiting', flush=True)\nimport signal\nsignal.pause()"
-_ADDRESS = re.compile(rf"\b{re.escape(HOST)}:(\d+)\b")
 _STOP_TIMEOUT_S = 10.0
 _TAIL_LINES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a process of a swarm runs and listens."""
+
+    host: str = HOST
+    prefix: tuple[str, ...] = ()
+    """What is written before a command, so that it runs there."""
+
+
+LOOPBACK = Place()
 
 
 class ProcessError(Exception):
@@ -173,20 +185,28 @@ class LocalSwarm:
     ) -> None:
         self.stop()
 
-    def start_bootstrap(self, timeout_s: float = 60.0) -> str:
+    def start_bootstrap(self, timeout_s: float = 60.0, *, place: Place = LOOPBACK) -> str:
         """Start the node that others join through, and return its address."""
-        process = self.start("bootstrap", "petals-dht", "bootstrap", "--host", HOST, "--port", "0")
-        self.address = process.wait_for(_ADDRESS, timeout_s)[1][0]
+        arguments = ("bootstrap", "--host", place.host, "--port", "0")
+        process = self.start("bootstrap", "petals-dht", *arguments, place=place)
+        address = re.compile(rf"\b{re.escape(place.host)}:(\d+)\b")
+        self.address = process.wait_for(address, timeout_s)[1][0]
         return self.address
 
     def start_server(
-        self, model: Path | str, start: int, end: int, *options: str, variables: Mapping[str, str] | None = None
+        self,
+        model: Path | str,
+        start: int,
+        end: int,
+        *options: str,
+        variables: Mapping[str, str] | None = None,
+        place: Place = LOOPBACK,
     ) -> Process:
         """Start a server of blocks ``start:end`` in float32; it loads while this returns."""
         span = f"{start}:{end}"
-        arguments = ["serve", str(model), "--blocks", span, "--initial-peers", self.address, "--host", HOST]
+        arguments = ["serve", str(model), "--blocks", span, "--initial-peers", self.address, "--host", place.host]
         arguments += ["--port", "0", "--torch-dtype", "float32", *options]
-        return self.start(f"server {span}", "petals-server", *arguments, variables=variables)
+        return self.start(f"server {span}", "petals-server", *arguments, variables=variables, place=place)
 
     def start_baseline(self, code: str, timeout_s: float = 60.0) -> Process:
         """Start a Python process that runs ``code`` (imports, say) and then waits, to compare memory with."""
@@ -194,9 +214,17 @@ class LocalSwarm:
         process.wait_for(_WAITS, timeout_s)
         return process
 
-    def start(self, name: str, program: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Process:
+    def start(
+        self,
+        name: str,
+        program: str,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        place: Place = LOOPBACK,
+    ) -> Process:
         """Start one of the project's commands."""
-        return self._launch(name, [str(Path(sys.executable).parent / program), *arguments], variables)
+        command = [*place.prefix, str(Path(sys.executable).parent / program), *arguments]
+        return self._launch(name, command, variables)
 
     def _launch(self, name: str, command: Sequence[str], variables: Mapping[str, str] | None = None) -> Process:
         own = {"PETALS_DATA_DIR": self._folder.name, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}

@@ -35,7 +35,8 @@ _NETMASK = "255.255.255.0"
 _NAMESPACES = "netns"
 _IP_COMMAND_FOLDER = Path("/run/netns")
 _HOSTS_FILE = Path("/etc/hosts")
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 30.0
+"""For commands to end by themselves when the lab is to; a second request doesn't wait for them."""
 _NOT_RUN = 127
 """A shell's exit code for a command that can't be run."""
 _AWAITED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP}
@@ -130,11 +131,11 @@ def _run_outer(init: Callable[[], int]) -> int:
     def interrupt(number: int, frame: object) -> None:
         nonlocal interrupts
         interrupts += 1
-        # The terminal has told the commands too. Any other request, and a second Ctrl-C, ends the lab.
-        if number != signal.SIGINT:
-            os.kill(pid, signal.SIGTERM)
-        elif interrupts > 1:
+        # Of Ctrl-C the terminal has told the commands too.
+        if interrupts > 1:
             os.kill(pid, signal.SIGKILL)
+        elif number != signal.SIGINT:
+            os.kill(pid, signal.SIGTERM)
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

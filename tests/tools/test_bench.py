@@ -1,0 +1,175 @@
+"""The benchmark suite's plan, figures, reports and conversation with workers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+from bench import report  # noqa: E402
+from bench.conversation import Worker, WorkerError  # noqa: E402
+from bench.figures import Figure, Spread, short, speed_ratios  # noqa: E402
+from bench.plan import MODES, NETWORKS, SCENARIOS, Kind, Plan, Unit  # noqa: E402
+from lab.settings import parse_settings  # noqa: E402
+
+PLAN = Plan(scenarios=SCENARIOS, networks=NETWORKS, modes=MODES, minutes=1.0, min_rounds=1, max_rounds=2)
+TRIPS_S = {"1gbit-5ms": 0.005, "100mbit-5ms": 0.005, "100mbit-100ms": 0.1, "20mbit-40ms": 0.04, "300ms": 0.3}
+
+
+def figure(network: str = "loopback", mode: str = "petals-1", *values: float, error: str | None = None) -> Figure:
+    return Figure(
+        network=network,
+        scenario="decode",
+        mode=mode,
+        unit=Unit.RATE,
+        values=values,
+        reference="local",
+        ratios=tuple(value / 10 for value in values) if mode != "local" else (),
+        error=error,
+    )
+
+
+FIGURES = (figure("loopback", "local", 10.0, 12.0), figure("loopback", "petals-1", 5.0, 6.0, 9.0, error="a|b"))
+
+
+def test_networks_have_the_round_trip_and_rate_that_they_are_called_by() -> None:
+    assert {network.name for network in NETWORKS if network.host} == set(TRIPS_S)
+    for network in NETWORKS:
+        if network.host is not None:
+            settings = parse_settings(network.host)
+            assert 4 * settings.delay_s == pytest.approx(TRIPS_S[network.name])
+            rate = network.name.partition("-")[0]
+            if "bit" in rate:
+                assert settings == parse_settings(f"rate={rate}", settings)
+
+
+def test_only_swarms_run_where_a_network_makes_a_difference() -> None:
+    loopback, *others = NETWORKS
+    assert PLAN.modes_of(loopback) == list(MODES)
+    for network in others:
+        assert {mode.kind for mode in PLAN.modes_of(network)} == {Kind.SWARM}
+        assert PLAN.reference_of(network).name == "petals-1"
+    assert len(PLAN.cells()) == len(NETWORKS) * len(SCENARIOS)
+
+
+def test_a_spread_is_the_median_and_the_quartiles() -> None:
+    assert Spread.of([5, 1, 3, 2, 4]) == Spread(median=3, low=2, high=4, count=5)
+    assert Spread.of([7.0]) == Spread(median=7, low=7, high=7, count=1)
+
+
+def test_ratios_are_of_the_same_round_and_more_is_faster() -> None:
+    assert speed_ratios(Unit.RATE, [4.0, None, 9.0], [2.0, 5.0, 3.0]) == (2.0, 3.0)
+    assert speed_ratios(Unit.TIME, [4.0, 1.0], [2.0, None]) == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (0.01234, "0.0123"), (1.0, "1.00"), (12.34, "12.3"), (1234.5, "1,234"), (0.5, "0.500")],
+)
+def test_numbers_are_short(number: float, text: str) -> None:
+    assert short(number) == text
+
+
+def test_figures_are_read_as_they_are_written() -> None:
+    for each in (*FIGURES, figure(error="why")):
+        assert Figure.from_json(json.loads(json.dumps(each.as_json()))) == each
+
+
+def test_a_section_has_every_figure_and_what_went_wrong() -> None:
+    text = report.markdown(PLAN, FIGURES, heading="Speed", facts=["a fact"], picture="p.png")
+    assert "## Speed\n\n- a fact" in text
+    assert "(p.png)" in text
+    assert "### loopback" in text
+    assert "### 300 ms" not in text, "nothing was measured there"
+    assert "| decode, one stream | Transformers, local | 11.0 (10.5 to 11.5) tokens/s | reference |  |" in text
+    assert "| Petals, 1 server | 6.00 (5.50 to 7.50) tokens/s | 0.600 (0.550 to 0.750) | a\\|b |" in text
+
+
+def test_pictures_show_what_was_measured(tmp_path: Path) -> None:
+    text = report.text_picture(PLAN, FIGURES)
+    local, petals = text.splitlines()[1:]
+    assert local.count("█") == report.BAR_CELLS
+    assert petals.count("█") == round(report.BAR_CELLS * 6 / 11 - 0.5)
+    path = tmp_path / "picture.png"
+    report.save_picture(path, PLAN, [*FIGURES, figure("300ms", "petals-3", 1.0)])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_measured_is_no_picture() -> None:
+    assert report.text_picture(PLAN, [figure(error="it failed")]) == ""
+
+
+WORKER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from bench import conversation
+
+def start():
+    print("libraries print what they like")
+    if sys.argv[2] == "fail":
+        raise OSError("no model")
+    def answer(request):
+        if request["do"] == "raise":
+            raise ValueError("first line\\nsecond line")
+        if request["do"] == "end":
+            print("the reason", file=sys.stderr, flush=True)
+            os._exit(3)
+        if request["do"] == "hang":
+            sys.stdin.read()
+        return {"value": request["do"]}
+    return answer
+
+conversation.answer(start)
+"""
+
+
+def worker(how: str = "well") -> Worker:
+    return Worker("test", [sys.executable, "-c", WORKER, str(TOOLS), how])
+
+
+def test_a_worker_answers_and_goes_on_after_an_error() -> None:
+    asked = worker()
+    assert asked.receive(30) == {}
+    assert asked.ask({"do": "x" * 100_000}, 30) == {"value": "x" * 100_000}
+    with pytest.raises(WorkerError, match=r"^first line$"):
+        asked.ask({"do": "raise"}, 30)
+    assert asked.ask({"do": "it"}, 30) == {"value": "it"}
+    asked.stop()
+
+
+@pytest.mark.parametrize(("do", "complaint"), [("end", "it ended with 3: the reason"), ("hang", "no answer in 0 s")])
+def test_a_worker_that_ends_or_hangs_is_reported(do: str, complaint: str) -> None:
+    asked = worker()
+    asked.receive(30)
+    with pytest.raises(WorkerError, match=complaint):
+        asked.ask({"do": do}, 0.2 if do == "hang" else 30)
+    asked.stop()
+
+
+def test_a_worker_that_can_not_start_says_why() -> None:
+    asked = worker("fail")
+    with pytest.raises(WorkerError, match="no model"):
+        asked.receive(30)
+    asked.stop()
+
+
+def test_the_section_of_a_file_is_printed_again(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.json"
+    names = {"scenarios": SCENARIOS, "networks": NETWORKS, "modes": MODES}
+    document = {name: [each.name for each in values] for name, values in names.items()}
+    path.write_text(json.dumps({**document, "facts": ["a fact"], "figures": [each.as_json() for each in FIGURES]}))
+    script = (
+        f"import sys; sys.path.insert(0, {str(TOOLS)!r}); from bench.__main__ import main; raise SystemExit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--markdown", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "- a fact" in done.stdout
+    assert "6.00 (5.50 to 7.50)" in done.stdout

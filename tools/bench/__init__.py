@@ -1,0 +1,1 @@
+"""The benchmark suite: ``python3 tools/bench --help``."""

@@ -1,0 +1,216 @@
+"""Measure ways of running a model, on several networks: ``python3 tools/bench [--quick] [--output FOLDER]``.
+
+Prints tables and writes ``benchmarks.json``, ``benchmarks.png`` and ``benchmarks.md`` into the folder. Every figure is
+a median with its quartiles; ratios are of rounds in which the modes take turns. Networks other than loopback need the
+network lab (docs/network-lab.md). ``--markdown FILE`` only prints the section of a run's JSON file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+TOOLS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOOLS))
+
+import os
+
+import environment
+from lab import sandbox
+
+if __name__ == "__main__" and sandbox.FOLDER_VARIABLE not in os.environ:
+    environment.enter("--all-groups")
+
+import argparse
+import json
+import platform
+import shlex
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+import local_swarm
+from bench import report
+from bench.figures import Figure
+from bench.plan import MODES, NETWORKS, QUICK_NETWORKS, QUICK_SCENARIOS, SCENARIOS, Plan
+from bench.suite import LAB_HOSTS, Suite
+
+FULL_MINUTES, QUICK_MINUTES = 30.0, 3.0
+FULL_ROUNDS, QUICK_ROUNDS = (3, 15), (2, 5)
+_LAB_TRIED = "PETALS_BENCH_NO_LAB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a file of figures holds."""
+
+    plan: Plan
+    facts: tuple[str, ...]
+    figures: tuple[Figure, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        return {
+            "facts": list(self.facts),
+            "scenarios": [each.name for each in self.plan.scenarios],
+            "networks": [each.name for each in self.plan.networks],
+            "modes": [each.name for each in self.plan.modes],
+            "figures": [figure.as_json() for figure in self.figures],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Run:
+        """Read what ``as_json`` wrote."""
+        plan = Plan(
+            scenarios=[each for each in SCENARIOS if each.name in data["scenarios"]],
+            networks=[each for each in NETWORKS if each.name in data["networks"]],
+            modes=[each for each in MODES if each.name in data["modes"]],
+            minutes=0.0,
+            min_rounds=0,
+            max_rounds=0,
+        )
+        return cls(plan=plan, facts=tuple(data["facts"]), figures=tuple(map(Figure.from_json, data["figures"])))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer scenarios, networks and rounds")
+    parser.add_argument("--scenarios", nargs="+", choices=[each.name for each in SCENARIOS], help="default: all")
+    parser.add_argument("--networks", nargs="+", choices=[each.name for each in NETWORKS], help="default: all")
+    parser.add_argument("--modes", nargs="+", choices=[each.name for each in MODES], help="default: all")
+    parser.add_argument("--minutes", type=float, help=f"without starts ({FULL_MINUTES:g}; quick: {QUICK_MINUTES:g})")
+    parser.add_argument("--rounds", type=int, nargs=2, metavar=("LEAST", "MOST"), help="of each cell")
+    parser.add_argument("--timeout", type=float, default=180.0, help="seconds of a mode for one round (%(default)g)")
+    parser.add_argument("--model", choices=["bench", "thin"], default="bench", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks"), help="folder for results (default: %(default)s)"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="JSON", help="only print the section of these results")
+    return parser.parse_args(argv)
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Choose what the options ask for, in the suite's own order."""
+    scenarios = options.scenarios or (QUICK_SCENARIOS if options.quick else [each.name for each in SCENARIOS])
+    networks = options.networks or (QUICK_NETWORKS if options.quick else [each.name for each in NETWORKS])
+    least, most = options.rounds or (QUICK_ROUNDS if options.quick else FULL_ROUNDS)
+    return Plan(
+        scenarios=[each for each in SCENARIOS if each.name in scenarios],
+        networks=[each for each in NETWORKS if each.name in networks],
+        modes=[each for each in MODES if options.modes is None or each.name in options.modes],
+        minutes=options.minutes or (QUICK_MINUTES if options.quick else FULL_MINUTES),
+        min_rounds=least,
+        max_rounds=most,
+    )
+
+
+def enter_lab(plan: Plan) -> None:
+    """Start this program again in a network lab, if it has to measure on one and can have one."""
+    needs_lab = any(network.host is not None for network in plan.networks)
+    if not needs_lab or sandbox.FOLDER_VARIABLE in os.environ or _LAB_TRIED in os.environ:
+        return
+    if obstacle := sandbox.obstacle():
+        os.environ[_LAB_TRIED] = obstacle
+        return
+    lab = [sys.executable, str(TOOLS / "network_lab.py"), "--hosts", *LAB_HOSTS, "--on", sandbox.OUTSIDE, "--"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*lab, sys.executable, *sys.argv])
+
+
+def measure(plan: Plan, options: argparse.Namespace, console: Console) -> Run:
+    """Run the plan."""
+    import torch
+    import transformers
+
+    from petals_core.testing import factories
+
+    started_s = time.time()
+    if _LAB_TRIED in os.environ:
+        console.print(f"no network lab here: {os.environ[_LAB_TRIED]}", style="yellow")
+    with tempfile.TemporaryDirectory(prefix="petals-bench-") as temporary:
+        os.environ["PETALS_CACHE_DIR"] = os.environ["PETALS_DATA_DIR"] = temporary
+        folder = {"bench": factories.bench_model, "thin": factories.thin_model}[options.model](Path(temporary, "model"))
+        config = transformers.AutoConfig.from_pretrained(folder)
+        weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        can_lab = sandbox.FOLDER_VARIABLE in os.environ
+        reachable = [network for network in plan.networks if network.host is None or can_lab]
+        suite = Suite(
+            Plan(
+                scenarios=plan.scenarios,
+                networks=reachable,
+                modes=plan.modes,
+                minutes=plan.minutes,
+                min_rounds=plan.min_rounds,
+                max_rounds=plan.max_rounds,
+            ),
+            folder,
+            Path(temporary),
+            num_blocks=config.num_hidden_layers,
+            weight_bytes=weight_bytes,
+            timeout_s=options.timeout,
+            say=lambda text: console.print(f"  {time.time() - started_s:4.0f} s  {text}", style="dim", highlight=False),
+        )
+        figures = tuple(suite.run())
+    facts = [
+        f"`python3 tools/bench {shlex.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"{time.strftime('%Y-%m-%d', time.gmtime(started_s))}, {(time.time() - started_s) / 60:.0f} minutes, "
+        f"load {os.getloadavg()[0]:.1f} at the end",
+        f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        f"Python {platform.python_version()}, torch {torch.__version__}, Transformers {transformers.__version__}; "
+        f"{options.model} model: {config.num_hidden_layers} blocks of width {config.hidden_size}, float32, "
+        f"{weight_bytes / 1e6:.0f} MB; greedy; speculation off",
+        *suite.notes,
+    ]
+    if missing := [network.title for network in plan.networks if network not in reachable]:
+        facts.append(f"not measured, because there is no network lab: {'; '.join(missing)} ({os.environ[_LAB_TRIED]})")
+    return Run(plan=plan, facts=tuple(facts), figures=figures)
+
+
+def section(run: Run, picture: str | None) -> str:
+    """The run as a section of a document."""
+    return report.markdown(run.plan, run.figures, heading="Ways of running a model", facts=run.facts, picture=picture)
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    if options.markdown:
+        print(section(Run.from_json(json.loads(options.markdown.read_text())), "benchmarks.png"), end="")
+        return 0
+    plan = make_plan(options)
+    enter_lab(plan)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with local_swarm.stopping_in_order():
+            run = measure(plan, options, console)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+    report.print_tables(console, run.plan, run.figures)
+    for fact in run.facts:
+        console.print(fact, style="dim", markup=False)
+    (options.output / "benchmarks.json").write_text(json.dumps(run.as_json(), indent=1) + "\n")
+    (options.output / "benchmarks.md").write_text(section(run, "benchmarks.png"))
+    report.save_picture(options.output / "benchmarks.png", run.plan, run.figures)
+    console.print(f"written: {options.output}/benchmarks.json, .md and .png")
+    return 1 if any(not figure.values for figure in run.figures) else 0
+
+
+def _processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

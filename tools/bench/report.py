@@ -1,0 +1,154 @@
+"""Figures as tables for the terminal, for Markdown and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.figures import Figure, short
+from bench.plan import Network, Plan, Unit
+
+BAR_CELLS = 30
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+_COLORS = {
+    "local": "#4c566a",
+    "petals-1": "#2e86ab",
+    "petals-3": "#1b998b",
+    "cpu-offload": "#c8963e",
+    "disk-offload": "#b5544a",
+}
+
+
+def rows(plan: Plan, figures: Sequence[Figure], network: Network) -> list[tuple[str, str, str, str, str]]:
+    """A network's table: scenario, mode, median with quartiles, share of the reference's speed, remark."""
+    titles = {mode.name: mode.title for mode in plan.modes}
+    table = []
+    for scenario in plan.scenarios:
+        for figure in figures:
+            if (figure.network, figure.scenario) != (network.name, scenario.name):
+                continue
+            spread, ratio = figure.spread, figure.ratio
+            table.append(
+                (
+                    scenario.title,
+                    titles[figure.mode],
+                    f"{spread} {figure.unit}" if spread else "none",
+                    "reference" if figure.mode == figure.reference else f"{ratio}" if ratio else "none",
+                    figure.error or "",
+                )
+            )
+    return table
+
+
+_HEADINGS = ("scenario", "mode", "median (quartiles)", "times as fast", "remark")
+
+
+def print_tables(console: Console, plan: Plan, figures: Sequence[Figure]) -> None:
+    """Print a table for each network, and the picture in text."""
+    for network in plan.networks:
+        found = rows(plan, figures, network)
+        if not found:
+            continue
+        table = Table(*_HEADINGS, title=network.title)
+        last = None
+        for row in found:
+            if last is not None and row[0] != last:
+                table.add_section()
+            table.add_row(row[0] if row[0] != last else "", *row[1:])
+            last = row[0]
+        console.print(table)
+    console.print(text_picture(plan, figures), markup=False, highlight=False)
+
+
+def markdown(plan: Plan, figures: Sequence[Figure], *, heading: str, facts: Sequence[str], picture: str | None) -> str:
+    """A section of a document: what was run where, a table for each network, and what has to be said about it."""
+    parts = [f"## {heading}", "\n".join(f"- {fact}" for fact in facts)]
+    if picture:
+        parts.append(f"![Decoding with one stream, by network]({picture})")
+    for network in plan.networks:
+        found = rows(plan, figures, network)
+        if not found:
+            continue
+        remarks = any(row[4] for row in found)
+        width = 5 if remarks else 4
+        lines = [_markdown_row(_HEADINGS[:width]), _markdown_row(["---"] * width)]
+        lines += [_markdown_row(row[:width]) for row in found]
+        parts.append(f"### {network.title}\n\n" + "\n".join(lines))
+    parts.append("Medians with quartiles. *Times as fast*: ratios of the same round, in which the modes take turns.")
+    return "\n\n".join(parts) + "\n"
+
+
+def text_picture(plan: Plan, figures: Sequence[Figure], scenario: str = "decode") -> str:
+    """Bars of one scenario, by network and mode."""
+    found = _bars(plan, figures, scenario)
+    if not found:
+        return ""
+    most = max(median for _, _, median, _, _ in found)
+    network_width, mode_width = max(len(bar[0]) for bar in found), max(len(bar[1]) for bar in found)
+    title = next(each for each in plan.scenarios if each.name == scenario)
+    lines = [f"{title.title}, {title.unit}"]
+    for network, mode, median, _, _ in found:
+        lines.append(f"{network:<{network_width}}  {mode:<{mode_width}}  {bar(median / most)} {short(median)}")
+    return "\n".join(lines)
+
+
+def bar(share: float) -> str:
+    """A bar of eighths of cells."""
+    eighths = round(share * BAR_CELLS * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (_BLOCKS[rest] if rest else "")
+
+
+def save_picture(path: Path, plan: Plan, figures: Sequence[Figure]) -> None:
+    """Write a PNG with a panel for each scenario: bars by network and mode, with quartiles."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [scenario for scenario in plan.scenarios if _bars(plan, figures, scenario.name)]
+    num_columns = 2 if len(panels) > 1 else 1
+    num_rows = max(1, -(-len(panels) // num_columns))
+    figure, axes = pyplot.subplots(num_rows, num_columns, figsize=(6.5 * num_columns, 3.2 * num_rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    modes = [mode.name for mode in plan.modes]
+    titles = {mode.title: mode.name for mode in plan.modes}
+    for axis, scenario in zip(axes.flat, panels, strict=False):
+        found = _bars(plan, figures, scenario.name)
+        networks = list(dict.fromkeys(bar[0] for bar in found))
+        width = 0.8 / len(modes)
+        for network, mode, median, low, high in found:
+            number = modes.index(titles[mode])
+            place = networks.index(network) + (number - (len(modes) - 1) / 2) * width
+            color = _COLORS.get(titles[mode], "#888888")
+            axis.bar(place, median, width, color=color, label=mode)
+            axis.errorbar(place, median, [[median - low], [high - median]], color="#222222", linewidth=0.8, capsize=2)
+        axis.set_xticks(range(len(networks)), [name.replace(", ", ",\n") for name in networks], fontsize=8)
+        better = "more is better" if scenario.unit is Unit.RATE else "less is better"
+        axis.set_title(f"{scenario.title}, {scenario.unit} ({better})", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    legends = [axis.get_legend_handles_labels() for axis in axes.flat]
+    handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.8 / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _bars(plan: Plan, figures: Iterable[Figure], scenario: str) -> list[tuple[str, str, float, float, float]]:
+    """Network, mode, median and quartiles of a scenario, in the plan's order."""
+    networks = {network.name: network.title for network in plan.networks}
+    modes = {mode.name: mode.title for mode in plan.modes}
+    return [
+        (networks[each.network], modes[each.mode], spread.median, spread.low, spread.high)
+        for each in figures
+        if each.scenario == scenario and (spread := each.spread) is not None
+    ]
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
