@@ -175,7 +175,7 @@ def test_tuning_lowers_the_loss_and_is_saved(load: Callable[..., Any], tmp_path:
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
         "README.md",
         "petals_tuning.json",
-        "petals_tuning.safetensors",
+        "model.safetensors",
     }
     with torch.no_grad():
         expected = model(inputs).logits

@@ -16,7 +16,8 @@ from petals_core.models.safetensors_file import read_header, read_tensor
 from petals_core.models.sources import Folder, Hub, Source, read_json
 
 CARD: Final = "petals_tuning.json"
-WEIGHTS: Final = "petals_tuning.safetensors"
+WEIGHTS: Final = "model.safetensors"
+"""The name by which ``transformers.Trainer`` finds it when it resumes."""
 _FORMAT: Final = 1
 
 
