@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,8 +21,11 @@ import torch
 import petals_dht.cli
 import petals_server.cli
 from petals_client import AutoDistributedModelForCausalLM
+from petals_core.models.checkpoint import Checkpoint
+from petals_core.models.split import load_span
 from petals_core.terminal import EXIT_ERROR, run_app
 from petals_core.testing.factories import edit_config, make_checkpoint
+from petals_core.testing.hub import NAME, FakeHub, serving, sha256
 
 Refuse = Callable[..., str]
 NEW_SWARM = ("--new-swarm", "--host", "127.0.0.1", "--port", "0")
@@ -84,6 +88,107 @@ def test_architecture_that_can_not_be_split(serve: Refuse, tmp_path: Path) -> No
     config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
     (folder / "config.json").write_text(json.dumps(config))
     assert "t5" in serve(folder, *NEW_SWARM)
+
+
+def copy_of(checkpoint: Path, folder: Path, **changes: Any) -> Path:
+    """A checkpoint to be broken, with another config."""
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    edit_config(folder, **changes)
+    return folder
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.0001, 0.5, 0.999])
+def test_truncated_weights(serve: Refuse, checkpoint: Path, tmp_path: Path, kept: float) -> None:
+    weights = copy_of(checkpoint, tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: int(weights.stat().st_size * kept)])
+    assert "truncated" in serve(tmp_path, *NEW_SWARM)
+
+
+def test_weights_with_a_broken_header(serve: Refuse, checkpoint: Path, tmp_path: Path) -> None:
+    weights = copy_of(checkpoint, tmp_path) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[8:40] = b"?" * 32
+    weights.write_bytes(content)
+    assert "has a broken header: copy or download the checkpoint again" in serve(tmp_path, *NEW_SWARM)
+
+
+def test_a_file_is_missing(serve: Refuse, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, num_blocks=3, max_shard_size=100_000)
+    missing = sorted(tmp_path.glob("*.safetensors"))[2]
+    missing.unlink()
+    assert f"{missing} is missing although the checkpoint's index names it" in serve(tmp_path, *NEW_SWARM)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 128}, "do not fit its config"),
+        ({"intermediate_size": 96}, "do not fit its config"),
+        ({"num_key_value_heads": 4}, "do not fit its config"),
+        ({"num_hidden_layers": 5}, "has no tensors for block 3 although its config says 5 blocks"),
+        ({"attention_bias": True}, "lacks 12 tensors that its config asks for"),
+        ({"hidden_size": "wide"}, "can't be read"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_weights(
+    serve: Refuse, checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert message in serve(copy_of(checkpoint, tmp_path, **changes), *NEW_SWARM)
+
+
+def test_code_that_comes_with_a_checkpoint(serve: Refuse, checkpoint: Path, tmp_path: Path) -> None:
+    copy_of(checkpoint, tmp_path, model_type="novel", auto_map={"AutoConfig": "code.Config"})
+    (tmp_path / "code.py").write_text("raise SystemExit('the code was run')")
+    line = serve(tmp_path, *NEW_SWARM)
+    assert "comes with code of its own (novel)" in line
+    assert "--trust-remote-code" in line
+
+
+def test_quantization_that_can_not_be_had(serve: Refuse, checkpoint: Path, tmp_path: Path) -> None:
+    assert "--quantization int4 is none of none, int8, nf4, auto" in serve(
+        checkpoint, *NEW_SWARM, "--quantization", "int4"
+    )
+    copy_of(checkpoint, tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
+    assert "is stored quantized in gptq, which can't be used on cpu here" in serve(tmp_path, *NEW_SWARM)
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with serving(checkpoint, monkeypatch) as hub:
+        yield hub
+
+
+def test_a_hub_out_of_reach(serve: Refuse, hub: FakeHub, tmp_path: Path) -> None:
+    hub.status = 503
+    assert "the hub could not be reached for" in serve(NAME, *NEW_SWARM, "--cache-dir", tmp_path)
+
+
+def test_downloads_that_fail_leave_nothing_that_breaks_the_next_start(
+    serve: Refuse, hub: FakeHub, tmp_path: Path
+) -> None:
+    options = (*NEW_SWARM, "--cache-dir", tmp_path)
+    assert "more than --max-disk-space 0 MiB leaves" in serve(NAME, *options, "--max-disk-space", "10kB")
+    hub.claimed_bytes = 10**17
+    assert "too little room" in serve(NAME, *options)
+    hub.claimed_bytes, hub.num_corrupted = None, 1000
+    assert "arrives broken from the hub" in serve(NAME, *options)
+    hub.num_corrupted = 0
+    assert load_span(Checkpoint.open(NAME, cache_dir=tmp_path), 0, 3).num_blocks == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here is always full")
+def test_a_full_disk(serve: Refuse, hub: FakeHub, tmp_path: Path) -> None:
+    Checkpoint.open(NAME, cache_dir=tmp_path)
+    full = next(tmp_path.glob("models--*")) / "blobs" / f"{sha256(hub.folder / 'model.safetensors')}.part"
+    full.symlink_to("/dev/full")
+    assert "(No space left on device): make room" in serve(NAME, *NEW_SWARM, "--cache-dir", tmp_path)
+    assert load_span(Checkpoint.open(NAME, cache_dir=tmp_path), 0, 3).num_blocks == 3
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
 
 
 def test_blocks_outside_the_model(serve: Refuse, checkpoint: Path) -> None:

@@ -15,7 +15,7 @@ import petals_dht.cli
 import petals_server.cli
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/client.md")
+DOCUMENTS = ("README.md", "docs/client.md", "docs/quantization.md")
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 DEMO = ROOT / "models" / "demo"
 APPS: dict[str, Any] = {
