@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from petals_core.errors import CheckpointError
 from petals_core.models.checkpoint import Checkpoint
@@ -193,3 +198,38 @@ def test_a_folder_that_can_not_be_written_to(hub: FakeHub, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"can't be stored") as raised:
         fetch(tmp_path / "file", 0)
     assert "\n" not in str(raised.value)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+FETCH = """
+import logging, sys
+from petals_core.models.checkpoint import Checkpoint
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+Checkpoint.open(sys.argv[1], cache_dir=sys.argv[2]).fetch(["model.layers.1.mlp.up_proj.weight"])
+print("fetched", flush=True)
+"""
+
+
+def test_a_process_waits_for_what_another_one_downloads(hub: FakeHub, tmp_path: Path) -> None:
+    file = block_file(hub, 1)
+    cache = DownloadCache(tmp_path, NAME)
+    blob = cache.blob(RemoteFile(name=file.name, sha256=sha256(file), num_bytes=file.stat().st_size))
+    locks = tmp_path / ".locks" / blob.parent.parent.name
+    locks.mkdir(parents=True)
+    command = [sys.executable, "-c", FETCH, NAME, str(tmp_path)]
+    with FileLock(locks / f"{blob.name}.lock"):  # as one has that is downloading
+        child = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_ENDPOINT": hub.url},
+        )
+        assert child.stderr is not None
+        waiting = f"waiting for {file.name}, which another process downloads\n"
+        assert waiting in iter(child.stderr.readline, "")
+        shutil.copyfile(file, blob)
+    output, errors = child.communicate(timeout=60)
+    assert (output, child.returncode) == ("fetched\n", 0), errors
+    assert not hub.fetched_weights()
