@@ -90,3 +90,36 @@ def test_who_takes_long_holds_up_nobody_and_may_answer_yet() -> None:
         crawl.answered(contact, [])
     assert crawl.is_done
     assert crawl.nearest() == contacts
+
+
+def test_a_search_comes_through_when_half_of_a_thousand_nodes_have_left() -> None:
+    random_ = random.Random(0)
+    contacts = [make_contact(number) for number in range(1000)]
+    living = set(random_.sample(contacts, 500))
+
+    def table(own: Contact) -> list[Contact]:
+        """What a node knows: up to 20 contacts at each order of distance, the dead ones too."""
+        buckets: dict[int, list[Contact]] = {}
+        for contact in random_.sample(contacts, 1000):
+            if contact != own:
+                buckets.setdefault(distance(own.id, contact.id).bit_length(), []).append(contact)
+        return [contact for bucket in buckets.values() for contact in bucket[:20]]
+
+    for _ in range(10):
+        seeds = nearest_of(table(random_.choice(sorted(living, key=lambda contact: contact.id))), 20)
+        crawl = Crawl(KEY, seeds, own_id=OWN, width=20)
+        silent: list[Contact] = []
+        while not crawl.is_done:
+            taken = crawl.take()
+            for contact in taken:
+                if contact in living:
+                    crawl.answered(contact, nearest_of(table(contact), 20))
+                else:
+                    crawl.stalled(contact)
+                    silent.append(contact)
+            for contact in [] if taken else silent:
+                crawl.failed(contact)
+            silent = silent if taken else []
+        # Those that were nearest before keep what is looked for; some of them do not know all of each other.
+        keepers = living & set(nearest_of(contacts, 20))
+        assert len(keepers & set(crawl.nearest())) >= len(keepers) / 2

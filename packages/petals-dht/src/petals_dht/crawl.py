@@ -24,7 +24,7 @@ class Crawl:
         own_id: bytes,
         width: int,
         parallelism: int = 5,
-        max_asked: int = 100,
+        max_asked: int = 300,
     ) -> None:
         """``width`` is Kademlia's k: the search ends when the nearest so many that may be alive have answered."""
         self._key = key

@@ -36,6 +36,7 @@ _LONGEST_PAUSE_S = 2.0
 _RESTORE_PATIENCE_S = 4.0
 _MIN_PATIENCE_S = 0.25
 _MIN_READING_PATIENCE_S = 0.5
+_GRACE_S = 0.02
 _PLACES_S = 240.0
 """How long nodes nearest to a key are offered announcements without a new search: less than their tokens hold."""
 _MAX_PLACES = 16
@@ -476,6 +477,9 @@ class Node:
                 )
                 timeout_s = None if math.isinf(next_at_s) else max(0.0, next_at_s - loop.time())
                 done, _ = await asyncio.wait(under_way, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    # Where it was this process that paused, the answers are there and only have to be read.
+                    done, _ = await asyncio.wait(under_way, timeout=_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     contact, at_s = under_way.pop(task)
                     contacts = task.result()
