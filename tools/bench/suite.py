@@ -96,6 +96,7 @@ class Suite:
                     current[mode.name] = workers.of(mode).ask(request, self._timeout_s)["value"]
                 except (WorkerError, local_swarm.ProcessError) as error:
                     errors[mode.name] = str(error)
+                    self._say(f"  {mode.title}: {error}")
                     workers.drop(mode)  # after an error nobody knows what state it is in
             rounds.append(current)
             if len(errors) == len(modes):

@@ -35,7 +35,7 @@ _NETMASK = "255.255.255.0"
 _NAMESPACES = "netns"
 _IP_COMMAND_FOLDER = Path("/run/netns")
 _HOSTS_FILE = Path("/etc/hosts")
-_STOP_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 60.0
 """For commands to end by themselves when the lab is to; a second request doesn't wait for them."""
 _NOT_RUN = 127
 """A shell's exit code for a command that can't be run."""

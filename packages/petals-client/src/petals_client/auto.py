@@ -67,7 +67,7 @@ class _AutoDistributed:
             swarm_key_file: the key of a private swarm.
             dtype: what the client computes in; by default what the checkpoint is stored in. Or ``torch_dtype``.
             device_map: the device of the client's part: a name such as ``"cuda"``, or ``{"": device}``.
-            trust_remote_code: whether code that comes with the checkpoint is run where Transformers knows no such family.
+            trust_remote_code: whether code that comes with the checkpoint is run where Transformers has no such family.
             config: instead of the checkpoint's own (a classifier's labels, say); what is not known by name here goes to
                 the config too, as in Transformers (``num_labels=3``).
             allowed_quantization: forms of weights that servers may run, ``["none", "int8"]`` for example; by default

@@ -56,9 +56,7 @@ class EncodedStates:
 class SessionState:
     """A session's cache and its ledger. Only the device's thread touches them while a step is under way."""
 
-    def __init__(
-        self, span: Span, *, num_rows: int, max_length: int, prompts: SessionPrompts | None = None
-    ) -> None:
+    def __init__(self, span: Span, *, num_rows: int, max_length: int, prompts: SessionPrompts | None = None) -> None:
         self.span = span
         self.max_length = max_length
         self.prompts = prompts

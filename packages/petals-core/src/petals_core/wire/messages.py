@@ -129,8 +129,8 @@ class StepResult:
 class Forward:
     """Compute blocks ``start:end`` on whole rows without a session. Payload: hidden states [T, H].
 
-    A second tensor are deep prompts [blocks, 1 or R, P, H]: those of a block are added to the states of each row's first
-    P tokens before it.
+    A second tensor are deep prompts [blocks, 1 or R, P, H]: those of a block are added to the states of each row's
+    first P tokens before it.
     """
 
     fingerprint: str = ruled(_fingerprint)
