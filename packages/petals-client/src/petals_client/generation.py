@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from petals_client.base_model import BLOCKS_ATTRIBUTE, Generation, current_generation, once_for_each, session_of
-from petals_client.drafting import decode_with_drafts
 from petals_client.inference_session import DRAFT_COLUMNS, InferenceSession
 from petals_client.remote_sequential import RemoteSequential
+from petals_client.speculation.candidates import CandidateDrafter
+from petals_client.speculation.decoding import decode
+from petals_client.speculation.draft_length import MAX_DRAFTS, DraftLength
+from petals_client.speculation.draft_model import DraftModel, draft_processors, load_draft_model
+from petals_client.speculation.drafts import Drafter
+from petals_client.speculation.speculator import PRIORS, Speculator
 from petals_client.tuned_model import TunableModel
 from petals_core.errors import InvalidRequestError, SessionLengthError
 from petals_core.models.transformers_forward import CountingCache
-from petals_core.models.transformers_generation import AssistedCall, GenerationEntry, skip_cached
+from petals_core.models.transformers_generation import DecodingCall, GenerationEntry, skip_cached
+
+SPECULATION_MODES = ("auto", "lookup", "draft", "off")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Speculation:
+    """What a call of ``generate`` may draft with."""
+
+    mode: str
+    draft_model: Any
+    num_drafts: int | None
+
+
+_speculation: ContextVar[_Speculation | None] = ContextVar("petals speculation", default=None)
 
 
 class DistributedModel(TunableModel):
@@ -54,13 +76,28 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
     """The same for a class that generates."""
 
     def generate(
-        self, inputs: Tensor | None = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        session: InferenceSession | None = None,
+        speculation: str = "auto",
+        draft_model: Any = None,
+        num_drafts: int | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Generate as Transformers does, with all its options.
 
         Outside of a session one is opened for the call. In a session (the one that is open, or ``session``) ``inputs``
         are the tokens that are new, None to go on from the last one; what comes back begins with them, not with what
         was said before. With ``past_key_values=session.cache`` the whole sequence goes in and comes back.
+
+        Args:
+            speculation: where greedy decoding and sampling take drafts from, so that a trip brings several tokens:
+                ``"lookup"`` in the text itself, ``"draft"`` from ``draft_model``, ``"auto"`` from whatever promises
+                most, ``"off"`` from nowhere. Tokens are those without drafts; those sampled with a draft model have
+                the same distribution, and differ from run to run unless ``num_drafts`` is given.
+            draft_model: a small model with the same tokenizer on this machine, or its name or folder.
+            num_drafts: how many tokens to draft whenever that is possible; None: as many as pay, which may be none.
 
         Raises:
             PetalsError: see ``InferenceSession.step``; Transformers' own errors come as they are.
@@ -69,6 +106,16 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
             self.generate_batch()
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
+        config = args[0] if args else kwargs.get("generation_config") or getattr(self, "generation_config")  # noqa: B009
+        token = _speculation.set(_check_speculation(speculation, draft_model, num_drafts, config, kwargs))
+        try:
+            return self._generate(session, inputs, args, kwargs)
+        finally:
+            _speculation.reset(token)
+
+    def _generate(
+        self, session: InferenceSession | None, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         blocks = self.remote_blocks
         cache = kwargs.get("past_key_values")
         if cache is not None:
@@ -174,8 +221,44 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
                 "lower max_new_tokens, or open it with a larger max_length"
             )
 
-    def _decode_rows_with_drafts(self, call: AssistedCall) -> Any:
-        return decode_with_drafts(call)
+    def _wants_drafts(self) -> bool:
+        speculation = _speculation.get()
+        return speculation is not None and speculation.mode != "off"
+
+    def _decode_with_drafts(self, call: DecodingCall) -> Any:
+        drafter: Drafter = CandidateDrafter(call) if call.assistants is not None else self._new_speculator(call)
+        return decode(call, drafter)
+
+    def _new_speculator(self, call: DecodingCall) -> Speculator:
+        wanted = _speculation.get()
+        assert wanted is not None
+        mask = call.model_kwargs.get("attention_mask")
+        model: DraftModel | None = None
+        if wanted.mode != "lookup" and wanted.draft_model is not None and call.tokens.shape[1]:
+            source = wanted.draft_model
+            config: Any = self.base_model.config
+            model = DraftModel(
+                load_draft_model(str(source)) if isinstance(source, (str, os.PathLike)) else source,
+                vocabulary=config.get_text_config().vocab_size,
+                mask=mask,
+                processors=draft_processors(call.processors),
+                do_sample=bool(call.config.do_sample),
+            )
+        return Speculator(
+            self._draft_length,
+            mask=mask,
+            uses_lookup=wanted.mode != "draft",
+            model=model,
+            num_drafts=wanted.num_drafts,
+        )
+
+    @property
+    def _draft_length(self) -> DraftLength:
+        """What this model's trips have taught."""
+        known: DraftLength | None = self.__dict__.get("_petals_draft_length")
+        if known is None:
+            known = self.__dict__["_petals_draft_length"] = DraftLength(priors=dict(PRIORS))
+        return known
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: Transformers' own continuous batching manages pages of a local cache.
@@ -187,6 +270,29 @@ class DistributedGeneration(DistributedModel, GenerationEntry):
             "paged generation manages a local cache: call generate() without cache_implementation; "
             "the servers batch by themselves"
         )
+
+
+def _check_speculation(
+    mode: str, draft_model: Any, num_drafts: int | None, config: Any, kwargs: dict[str, Any]
+) -> _Speculation:
+    """What may be drafted with; raises ``InvalidRequestError`` if that contradicts itself or the other options."""
+    if mode not in SPECULATION_MODES:
+        raise InvalidRequestError(f"speculation {mode!r} is none of {', '.join(SPECULATION_MODES)}")
+    if mode == "draft" and draft_model is None:
+        raise InvalidRequestError('speculation="draft" needs a small model with the same tokenizer: pass draft_model=')
+    if num_drafts is not None and not 0 <= num_drafts <= MAX_DRAFTS:
+        raise InvalidRequestError(f"num_drafts is 0 to {MAX_DRAFTS}, or None to draft as many tokens as pay")
+    if mode in ("lookup", "draft"):
+        others = {
+            "beam search": (kwargs.get("num_beams") or config.num_beams or 1) > 1,
+            "assistant_model": kwargs.get("assistant_model") is not None,
+            "prompt_lookup_num_tokens": kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens,
+            "use_cache=False": kwargs.get("use_cache") is False,
+        }
+        for name, is_there in others.items():
+            if is_there:
+                raise InvalidRequestError(f"speculation={mode!r} does not go together with {name}: leave one out")
+    return _Speculation(mode=mode, draft_model=draft_model, num_drafts=num_drafts)
 
 
 @once_for_each

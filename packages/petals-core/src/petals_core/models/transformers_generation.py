@@ -1,4 +1,4 @@
-"""How ``generate`` is entered when a model's blocks are elsewhere: its cache, and drafts for several rows.
+"""How ``generate`` is entered when a model's blocks are elsewhere: its cache, and a decoding loop that drafts.
 
 Read against 5.17 and 5.23 (``generation/utils.py``, ``generation/candidate_generator.py``).
 
@@ -39,9 +39,53 @@ class GenerationEntry:
         """Raise if a cache that was passed in can't grow to ``max_length`` columns, or for a moment to more."""
         raise NotImplementedError
 
-    def _decode_rows_with_drafts(self, call: AssistedCall) -> Any:
+    def _decode_with_drafts(self, call: DecodingCall) -> Any:
         """Run assisted generation for several rows, and return ``call.result(...)``."""
         raise NotImplementedError
+
+    def _wants_drafts(self) -> bool:
+        """Whether greedy decoding and sampling go through ``_decode_with_drafts`` too."""
+        raise NotImplementedError
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Called by ``generate`` for greedy decoding and sampling."""
+        has_loop = (
+            not synced_gpus
+            and not getattr(generation_config, "is_assistant", False)
+            and bool(model_kwargs.get("use_cache"))
+            and self._wants_drafts()
+        )
+        if not has_loop:
+            return super()._sample(  # type: ignore[misc]
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        return self._decode_with_drafts(
+            DecodingCall(
+                model=self,
+                tokens=input_ids,
+                processors=logits_processor,
+                criteria=stopping_criteria,
+                config=generation_config,
+                streamer=streamer,
+                assistants=None,
+                model_kwargs=model_kwargs,
+            )
+        )
 
     def _assisted_decoding(
         self,
@@ -83,8 +127,8 @@ class GenerationEntry:
             )
         if not model_kwargs.get("use_cache"):
             raise InvalidRequestError("drafts are checked in a session: leave use_cache=False out")
-        return self._decode_rows_with_drafts(
-            AssistedCall(
+        return self._decode_with_drafts(
+            DecodingCall(
                 model=self,
                 tokens=input_ids,
                 processors=logits_processor,
@@ -116,8 +160,8 @@ class GenerationEntry:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class AssistedCall:
-    """A call of ``_assisted_decoding``: what a decoding loop is given, and its way to the model."""
+class DecodingCall:
+    """A call of ``_sample`` or ``_assisted_decoding``: what a decoding loop is given, and its way to the model."""
 
     model: Any
     tokens: torch.Tensor
@@ -126,29 +170,27 @@ class AssistedCall:
     criteria: Any
     config: GenerationConfig
     streamer: Any
-    assistants: dict[str, Any]
+    assistants: dict[str, Any] | None
+    """What Transformers is to draft with; None: it is not asked to."""
     model_kwargs: dict[str, Any]
-    _is_first: bool = True
+    is_first: bool = True
+    """Whether the prompts are yet to be computed, for which drafts are of no use."""
     _last: Any = None
     _hidden_states: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
 
-    @property
-    def may_draft(self) -> bool:
-        """Whether the next forward takes drafts: the first one does not if the prompts are embeddings."""
-        return not (self._is_first and self.model_kwargs.get("inputs_embeds") is not None)
-
-    def new_drafter(self, row: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Make what drafts for one row: takes its tokens [L], pads included, and returns those that may come next.
+    def new_drafter(self, row: int, tokens: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Make what drafts for one row of tokens [R, L]: takes its tokens, pads included, gives what may come next.
 
         ``_get_candidate_generator`` makes what the original would use. It drafts without logits processors (one that
         treats rows differently would take each row for the first) and without sampling (random numbers are left to the
         choice of tokens), and never sees pads.
         """
+        assert self.assistants is not None
         mask = self.model_kwargs.get("attention_mask")
-        is_token = torch.ones_like(self.tokens[row]) if mask is None else mask[row, : self.tokens.shape[1]]
+        is_token = torch.ones_like(tokens[row]) if mask is None else mask[row, : tokens.shape[1]]
         columns = is_token.nonzero().flatten()
-        num_pads = int(columns[0]) if len(columns) else self.tokens.shape[1]
-        first = self.tokens[row : row + 1, num_pads:]
+        num_pads = int(columns[0]) if len(columns) else tokens.shape[1]
+        first = tokens[row : row + 1, num_pads:]
         config = copy.deepcopy(self.config)
         config.do_sample = False
         config.temperature = config.top_p = config.top_k = None
@@ -175,26 +217,31 @@ class AssistedCall:
     def forward(self, tokens: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
         """Run tokens [R, L] and drafts [R, W] that are not cached yet; returns logits [R, W + 1, V].
 
-        As the original does it, through ``prepare_inputs_for_generation``.
+        As the originals do it: the prompts through ``_prefill``, the rest through ``prepare_inputs_for_generation``.
         """
         width = drafts.shape[1]
-        inputs = self.model.prepare_inputs_for_generation(
-            torch.cat([tokens, drafts], dim=1),
-            next_sequence_length=None if self._is_first else width + 1,
-            is_first_iteration=self._is_first,
-            **_lengthen(self.model_kwargs, width),
-        )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = width + 1
-        outputs = self.model(**inputs, return_dict=True)
-        self._is_first = False
+        if self.is_first:
+            assert width == 0, "there are no drafts before the prompts are computed"
+            outputs = self.model._prefill(tokens, self.config, self.model_kwargs)
+            self.is_first = False
+        else:
+            inputs = self.model.prepare_inputs_for_generation(
+                torch.cat([tokens, drafts], dim=1) if width else tokens,
+                next_sequence_length=width + 1,
+                is_first_iteration=False,
+                **_lengthen(self.model_kwargs, width),
+            )
+            if "logits_to_keep" in inputs:
+                inputs["logits_to_keep"] = width + 1
+            outputs = self.model(**inputs, return_dict=True)
         self._last = outputs
         logits: torch.Tensor = outputs.logits[:, -width - 1 :]
         return logits
 
     def keep(self, num_new: int, num_drafts: int) -> None:
         """Take back all drafts but those that became ``num_new`` tokens, the last of which is not cached yet."""
-        self.model_kwargs["past_key_values"].crop(num_new - 1 - num_drafts)
+        if num_new <= num_drafts:
+            self.model_kwargs["past_key_values"].crop(num_new - 1 - num_drafts)
         self.model_kwargs = _lengthen(self.model_kwargs, num_new)
         states = self._last.hidden_states
         if states is not None:

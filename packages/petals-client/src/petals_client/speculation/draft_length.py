@@ -1,0 +1,203 @@
+"""How many tokens to draft: as many as make the most tokens per second by what trips and drafts were so far.
+
+A trip that checks W drafts brings one token and those of the drafts that hold before the first that does not: with a
+chance ``a`` for each, ``1 + a + a^2 + ... + a^W`` (Leviathan et al., "Fast Inference from Transformers via Speculative
+Decoding", 2023, equation 1). It costs the trip of W + 1 columns and the time of drafting. Both are measured as they
+happen and forgotten slowly. Where no number of drafts is expected to pay, none are made, but for a few that take a
+small share of the time and find out whether that has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+MAX_DRAFTS: Final = 16
+PROBE_SHARE: Final = 0.01
+"""Of the time may be spent on drafts that are not expected to pay."""
+MIN_GAIN: Final = 1.05
+"""Drafts have to promise so many times the tokens per second: estimates are not exact."""
+_PLAIN_TRIP_EVERY: Final = 64
+"""Trips after which one goes without drafts, so that the price of drafts is known and not guessed."""
+_TRIP_MEMORY: Final = 0.97
+_DRAFT_MEMORY: Final = 0.98
+_MAX_SURPRISE: Final = 3.0
+"""Times the expected duration that a single trip counts at most."""
+_SLOPE_PRIOR: Final = 0.03
+"""Share of a trip that another column costs, before it was measured."""
+_SLOPE_PRIOR_WEIGHT: Final = 4.0
+_RATE_PRIOR_WEIGHT: Final = 4.0
+
+
+@dataclass(slots=True)
+class TripCost:
+    """How long trips take by their columns: a line through what was measured, recent trips first."""
+
+    _weight: float = 0.0
+    _x: float = 0.0
+    _y: float = 0.0
+    _xx: float = 0.0
+    _xy: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return self._weight > 0
+
+    def note(self, num_columns: int, duration_s: float) -> None:
+        """Take a trip into account."""
+        if self.is_known:
+            duration_s = min(duration_s, _MAX_SURPRISE * self.duration_s(num_columns))
+        x = float(num_columns - 1)
+        self._weight = self._weight * _TRIP_MEMORY + 1
+        self._x = self._x * _TRIP_MEMORY + x
+        self._y = self._y * _TRIP_MEMORY + duration_s
+        self._xx = self._xx * _TRIP_MEMORY + x * x
+        self._xy = self._xy * _TRIP_MEMORY + x * duration_s
+
+    def duration_s(self, num_columns: int) -> float:
+        """Expected duration of a trip; more columns are never cheaper. Something must have been noted."""
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        variance = max(0.0, self._xx - self._x * mean_x)
+        covariance = self._xy - self._x * mean_y
+        guess = _SLOPE_PRIOR * mean_y
+        slope = max(0.0, (covariance + guess * _SLOPE_PRIOR_WEIGHT) / (variance + _SLOPE_PRIOR_WEIGHT))
+        slope = min(slope, mean_y / (mean_x + 1))  # not even a server that does nothing but compute costs more
+        return mean_y + slope * (num_columns - 1 - mean_x)
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """The chance that a drafted token holds if all before it did."""
+
+    prior: float
+    _num_tried: float = 0.0
+    _num_held: float = 0.0
+
+    def note(self, num_held: int, num_failed: int) -> None:
+        """Take drafts into account that were looked at."""
+        for held, count in ((1.0, num_held), (0.0, num_failed)):
+            for _ in range(count):
+                self._num_tried = self._num_tried * _DRAFT_MEMORY + 1
+                self._num_held = self._num_held * _DRAFT_MEMORY + held
+
+    @property
+    def rate(self) -> float:
+        """In (0, 1)."""
+        return (self._num_held + self.prior * _RATE_PRIOR_WEIGHT) / (self._num_tried + _RATE_PRIOR_WEIGHT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Drafts that could be checked: from which source those of each row are, and how many there are at most."""
+
+    sources: tuple[str, ...]
+    max_drafts: int
+    is_free: bool
+    """Whether they are there already, and not made once they are chosen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which offer to take, None for none of them, and how many of its drafts."""
+
+    index: int | None
+    num_drafts: int
+
+
+NO_DRAFTS: Final = Choice(index=None, num_drafts=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowOutcome:
+    """What became of one row's drafts: those that held, and whether the next one was looked at and did not."""
+
+    source: str
+    num_held: int
+    has_failed: bool
+
+
+@dataclass(slots=True)
+class DraftLength:
+    """What was learned from all trips of a model, and what follows from it for the next one."""
+
+    priors: dict[str, float] = field(default_factory=dict)
+    """Chances of sources that were not tried yet; 0.6 for others."""
+    _trips: dict[int, TripCost] = field(default_factory=dict)
+    """By the number of rows."""
+    _drafting_s: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Of one column, by source and number of rows."""
+    _acceptance: dict[str, Acceptance] = field(default_factory=dict)
+    _credit_s: float = 0.0
+    """What may be spent on drafts that do not promise to pay."""
+    _num_since_plain: int = 0
+
+    def choose(self, num_rows: int, offers: Sequence[Offer]) -> Choice:
+        """Return what to draft for the next trip of a batch."""
+        trip = self._trips.get(num_rows)
+        if trip is None or not trip.is_known or self._num_since_plain >= _PLAIN_TRIP_EVERY:
+            return NO_DRAFTS
+        plain_s = trip.duration_s(1)
+        best, best_rate = NO_DRAFTS, MIN_GAIN / plain_s
+        for index, offer in enumerate(offers):
+            drafting_s = self._column_s(offer, num_rows)
+            held = self.chance(offer)
+            chance, expected = 1.0, 1.0
+            for num_drafts in range(1, min(offer.max_drafts, MAX_DRAFTS) + 1):
+                chance *= held
+                expected += chance
+                rate = expected / (trip.duration_s(num_drafts + 1) + num_drafts * drafting_s)
+                if rate > best_rate:
+                    best, best_rate = Choice(index=index, num_drafts=num_drafts), rate
+        if best is NO_DRAFTS:
+            return self._probe(num_rows, offers, trip)
+        return best
+
+    def _probe(self, num_rows: int, offers: Sequence[Offer], trip: TripCost) -> Choice:
+        """Try something that doesn't promise to pay, if it was saved for."""
+        promising = [index for index, offer in enumerate(offers) if offer.max_drafts > 0]
+        if not promising:
+            return NO_DRAFTS
+        index = max(promising, key=lambda index: self.chance(offers[index]))
+        num_drafts = min(2, offers[index].max_drafts)
+        price_s = trip.duration_s(num_drafts + 1) - trip.duration_s(1)
+        price_s += num_drafts * self._column_s(offers[index], num_rows)
+        if price_s > self._credit_s:
+            return NO_DRAFTS
+        self._credit_s -= price_s
+        return Choice(index=index, num_drafts=num_drafts)
+
+    def chance(self, offer: Offer) -> float:
+        """The chance that one more column of drafts holds in all rows."""
+        chance = 1.0
+        for source in offer.sources:
+            chance *= self._of(source).rate
+        return chance
+
+    def note_drafting(self, source: str, num_rows: int, num_drafts: int, duration_s: float) -> None:
+        """Take into account how long drafts took to make."""
+        each_s = duration_s / num_drafts
+        known_s = self._drafting_s.get((source, num_rows))
+        if known_s is not None:
+            each_s = known_s + 0.1 * (min(each_s, _MAX_SURPRISE * known_s) - known_s)
+        self._drafting_s[source, num_rows] = each_s
+
+    def note_trip(self, num_rows: int, num_drafts: int, duration_s: float, outcomes: Iterable[RowOutcome]) -> None:
+        """Take a trip and what became of its drafts into account."""
+        self._trips.setdefault(num_rows, TripCost()).note(num_drafts + 1, duration_s)
+        if num_drafts:
+            self._num_since_plain += 1
+        else:
+            self._num_since_plain = 0
+            self._credit_s = min(self._credit_s + PROBE_SHARE * duration_s, duration_s)
+        for outcome in outcomes:
+            self._of(outcome.source).note(outcome.num_held, int(outcome.has_failed))
+
+    def _column_s(self, offer: Offer, num_rows: int) -> float:
+        """What making another column of drafts costs."""
+        return 0.0 if offer.is_free else self._drafting_s.get((offer.sources[0], num_rows), 0.0)
+
+    def _of(self, source: str) -> Acceptance:
+        if source not in self._acceptance:
+            self._acceptance[source] = Acceptance(self.priors.get(source, 0.6))
+        return self._acceptance[source]

@@ -1,0 +1,88 @@
+"""Distil a small draft model from the demo model, and say how many tokens a trip it is good for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from rich.console import Console
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import make_demo_model
+from demo_model import corpus, distillation, tokenizer, training
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS_PER_EVALUATION = 250
+NUM_PROMPTS = 64
+NUM_DRAFTS = (4, 8)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--teacher", type=Path, default=ROOT / "models" / "demo", help="the trained model's folder")
+    parser.add_argument("--output", type=Path, default=ROOT / "models" / "demo-draft", help="the draft model's folder")
+    parser.add_argument("--blocks", type=int, default=3, help="blocks of the draft model (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="units of each feed-forward (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps at most (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="minutes of training at most (default: no limit)")
+    parser.add_argument("--batches", type=int, default=64, help="batches the teacher writes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of text, order and samples (default: %(default)s)")
+    parser.add_argument("--evaluate-only", action="store_true", help="measure the model in the folder, train nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train or load the draft model, then print its figures."""
+    arguments = parse(argv)
+    console = Console()
+    torch.set_num_threads(1)
+    found = corpus.collect(seed=arguments.seed, heldout_share=make_demo_model.HELDOUT_SHARE)
+    teacher, words = make_demo_model.load(arguments.teacher)
+    teacher.requires_grad_(False).eval()
+    heldout = tokenizer.encode(words, found.heldout)[:NUM_PROMPTS]
+    if not arguments.evaluate_only:
+        model = distillation.new_draft_model(teacher, num_blocks=arguments.blocks, intermediate_size=arguments.width)
+        train(model, teacher, words, found, arguments, console)
+    model, words = make_demo_model.load(arguments.output)
+    console.print(f"weights: {(arguments.output / 'model.safetensors').stat().st_size:,} bytes")
+    for num_drafts in NUM_DRAFTS:
+        rate = distillation.tokens_per_trip(model, teacher, heldout, num_drafts=num_drafts)
+        console.print(f"held-out beginnings, {num_drafts} drafts: {rate:.2f} tokens per trip")
+
+
+def train(
+    model: LlamaForCausalLM,
+    teacher: LlamaForCausalLM,
+    words: PreTrainedTokenizerFast,
+    found: corpus.Corpus,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Train the draft model, saving it and printing its figure every so many steps and at the end."""
+    started = time.monotonic()
+    documents = tokenizer.encode(words, found.train)
+    heldout = tokenizer.encode(words, found.heldout)[:NUM_PROMPTS]
+    documents += distillation.written(teacher, documents, num_batches=arguments.batches, seed=arguments.seed)
+    console.print(f"{time.monotonic() - started:6.0f} s  {sum(map(len, documents)):,} tokens to learn from")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    budget = training.Budget(num_steps=arguments.steps, duration_s=arguments.minutes and arguments.minutes * 60)
+    for report in distillation.distil(model, teacher, documents, budget, seed=arguments.seed):
+        if report.step % STEPS_PER_EVALUATION == 0:
+            make_demo_model.save(model, words, arguments.output)
+            rate = distillation.tokens_per_trip(model, teacher, heldout, num_drafts=NUM_DRAFTS[-1])
+            console.print(
+                f"{time.monotonic() - started:6.0f} s  step {report.step:5}  loss {report.loss:.3f}"
+                f"  {rate:.2f} tokens per trip"
+            )
+    make_demo_model.save(model, words, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
