@@ -155,7 +155,7 @@ def measure_decoding(remote: Any, local: Any, num_tokens: int, num_runs: int) ->
     prompt = torch.arange(3, 3 + PROMPT_TOKENS).unsqueeze(0)
     ratios, same = [], True
     for _ in range(num_runs):
-        remote_rate, remote_ids = decode(remote, prompt, num_tokens)
+        remote_rate, remote_ids = decode(remote, prompt, num_tokens, speculation="off")
         local_rate, local_ids = decode(local, prompt, num_tokens)
         ratios.append(remote_rate / local_rate)
         same &= bool(torch.equal(remote_ids, local_ids))
@@ -175,7 +175,7 @@ class Clock(BaseStreamer):
         pass
 
 
-def decode(model: Any, prompt: torch.Tensor, num_tokens: int) -> tuple[float, torch.Tensor]:
+def decode(model: Any, prompt: torch.Tensor, num_tokens: int, **options: Any) -> tuple[float, torch.Tensor]:
     """Tokens per second after the first token, and all tokens."""
     clock = Clock()
     token_ids = model.generate(
@@ -185,6 +185,7 @@ def decode(model: Any, prompt: torch.Tensor, num_tokens: int) -> tuple[float, to
         max_new_tokens=num_tokens,
         min_new_tokens=num_tokens,
         streamer=clock,
+        **options,
     )
     return (num_tokens - 1) / (clock.times_s[-1] - clock.times_s[1]), token_ids
 

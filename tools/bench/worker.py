@@ -63,6 +63,7 @@ class Runner:
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             streamer=clock,
+            **({"speculation": "off"} if self._is_swarm else {}),
         )
         return [time_s - started_s for time_s in clock.times_s[1:]]
 
