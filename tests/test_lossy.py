@@ -63,7 +63,7 @@ def test_what_is_not_allowed_is_not_used(folder: Path, mixed: InProcessSwarm, ca
     strict = connect(folder, mixed, allowed_quantization=["none"], allowed_dtypes=[torch.float32])
     with pytest.raises(
         MissingBlocksError,
-        match=r"blocks 2:4 of .* only from servers with nf4 weights, which allowed_quantization and allowed_dtypes",
+        match=r"blocks 2:4 of .* only from servers with nf4 weights, which this client's options exclude",
     ):
         logits(strict)
     narrow = connect(folder, mixed, allowed_dtypes="bfloat16")

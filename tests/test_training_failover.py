@@ -120,7 +120,7 @@ def test_a_server_fails_in_the_forward(
 def test_nobody_is_left(new_swarm: Any, folder: Path, connect: Callable[..., RemoteSequential]) -> None:
     swarm = new_swarm()
     server = swarm.add(folder, 0, 6)
-    blocks = connect(swarm)
+    blocks = connect(swarm, recovery_timeout_s=0.0)
     hidden, prompts, _ = inputs()
     loss = run(blocks, hidden, prompts).sum()
     swarm.remove(server)

@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 from petals_client.options import ClientOptions
 from petals_core.announcement import SignedAnnouncement
-from petals_core.errors import MissingBlocksError, PetalsError
-from petals_core.identity import Identity
+from petals_core.errors import MissingBlocksError, NoPeersError, PetalsError
+from petals_core.identity import Identity, PeerId
 from petals_core.routing.graph import describe_blocks, find_gaps
 from petals_dht.directory import Directory
 from petals_dht.overview import ModelSummary
 
 _USABLE_STATES = frozenset({"online"})
+_GRACE_S = 1800.0
 
 
 class ServerDirectory:
@@ -39,13 +40,16 @@ class ServerDirectory:
         self._directory: Directory | None = None
         self._joining = asyncio.Lock()
         self._refreshing: asyncio.Task[None] | None = None
-        self._servers: tuple[SignedAnnouncement, ...] = ()
+        self._servers: dict[PeerId, SignedAnnouncement] = {}
         self._looked_up_at_s: float | None = None
+        self._is_cut_off = False
+        """Whether nobody answered the last look-up."""
 
-    async def servers(self) -> tuple[SignedAnnouncement, ...]:
+    async def servers(self) -> dict[PeerId, SignedAnnouncement]:
         """Servers that are online and hold this very checkpoint; one announcement each, not expired.
 
-        What is younger than ``refresh_s`` is returned at once; what is older too, while a look-up runs beside.
+        What is younger than ``refresh_s`` is returned at once; what is older too, while a look-up runs beside. While
+        no peer answers look-ups, announcements stay for half an hour beyond their expiry: the servers may be well.
 
         Raises:
             NoPeersError: nothing is known yet and no peer answers.
@@ -56,7 +60,10 @@ class ServerDirectory:
             await self.refresh()
         elif age_s > self._options.refresh_s:
             self._start_refresh()
-        return tuple(signed for signed in self._servers if signed.announcement.expires_at_s > now_s)
+        oldest_s = now_s - _GRACE_S if self._is_cut_off else now_s
+        return {
+            peer_id: signed for peer_id, signed in self._servers.items() if signed.announcement.expires_at_s > oldest_s
+        }
 
     async def refresh(self) -> None:
         """Look the servers up now; calls that come together share one look-up.
@@ -68,7 +75,8 @@ class ServerDirectory:
 
     async def explain_missing(self, start: int, end: int) -> MissingBlocksError:
         """Say which of the blocks ``start:end`` nobody holds, and what might be meant instead."""
-        spans = [(signed.announcement.start, signed.announcement.end) for signed in await self.servers()]
+        known = (signed.announcement for signed in (await self.servers()).values())
+        spans = [(each.start, each.end) for each in known]
         gaps = find_gaps(spans, start, end)
         is_one = len(gaps) == 1 and gaps[0][1] - gaps[0][0] == 1
         text = (
@@ -117,15 +125,22 @@ class ServerDirectory:
     async def _refresh(self) -> None:
         directory = await self._join()
         now_s = self._clock()
-        found = await directory.find_servers(self._fingerprint, now=now_s, timeout_s=self._options.connect_timeout_s)
-        self._servers = tuple(
-            signed
+        try:
+            found = await directory.find_servers(
+                self._fingerprint, now=now_s, timeout_s=self._options.connect_timeout_s
+            )
+        except NoPeersError:
+            self._is_cut_off = True
+            raise
+        self._is_cut_off = False
+        self._servers = {
+            signed.peer_id: signed
             for signed in found
             if signed.announcement.fingerprint == self._fingerprint
             and signed.announcement.num_blocks == self._num_blocks
             and signed.announcement.state in _USABLE_STATES
             and signed.announcement.addresses
-        )
+        }
         self._looked_up_at_s = now_s
 
     async def _join(self) -> Directory:

@@ -6,7 +6,10 @@ Letters: R rows, B blocks, P prompt tokens of a row, H hidden size.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from petals_core.errors import (
     Disposition,
     GraphExpiredError,
     MissingBlocksError,
+    NoPeersError,
     PeerConnectionError,
     PetalsError,
     ProtocolError,
@@ -48,6 +52,9 @@ Plan = tuple[Chain, dict[PeerId, SignedAnnouncement]]
 REQUESTS_PER_SERVER: Final = 2
 """One computes while the next is on its way."""
 _MAX_WAIT_S: Final = 5.0
+_PATIENCE_S: Final = 1.0
+"""Between two looks for a server of blocks that nobody holds."""
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,8 +70,11 @@ class Access:
     """The servers, as one forward or backward of a batch uses them. Belongs to one event loop."""
 
     def __init__(self, swarm: Swarm, *, keeps_graphs: bool) -> None:
+        """Without graphs hidden states may travel in a lossy encoding, if the client's options say so."""
         self.swarm = swarm
         self.keeps_graphs = keeps_graphs
+        codec = None if keeps_graphs else swarm.options.activation_codec
+        self.activation_encoding = None if codec is None else Encoding(codec)
         encoding = swarm.options.gradient_encoding
         self.gradient_encoding = None if encoding is None else Encoding(encoding)
         self._turns: dict[PeerId, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(REQUESTS_PER_SERVER))
@@ -75,15 +85,18 @@ class Access:
         request: Forward | Backward,
         payload: Sequence[Buffer],
         reply: type[ForwardResult] | type[BackwardResult],
-    ) -> Message:
+    ) -> tuple[Message, float]:
         """Send a request when it is its turn: more at once would share the server's link and all come late.
+
+        Returns the reply and how long it took from its turn on, in seconds.
 
         Raises:
             PetalsError: the server could not be reached, or failed.
         """
         async with self._turns[server.peer_id]:
             connection = await self.swarm.connect(server)
-            return await call(
+            started_s = time.perf_counter()
+            message = await call(
                 connection,
                 request,
                 payload,
@@ -91,6 +104,17 @@ class Access:
                 priority=Priority.BULK,
                 timeout_s=self.swarm.options.step_timeout_s,
             )
+            return message, time.perf_counter() - started_s
+
+    def praise(self, server: SignedAnnouncement, hop: Hop, *, num_tokens: int, took_s: float) -> None:
+        """Note that a forward was done, and whether it took much longer than the server announces."""
+        announcement = server.announcement
+        rate = announcement.forward_tokens_per_s
+        expected_s = None
+        if rate:
+            share = (hop.end - hop.start) / (announcement.end - announcement.start)
+            expected_s = (self.swarm.round_trip_s(hop.peer_id) or 0.0) + REQUESTS_PER_SERVER * num_tokens * share / rate
+        self.swarm.praise(hop.peer_id, took_s=took_s, expected_s=expected_s)
 
     async def find_server(self, hop: Hop) -> SignedAnnouncement:
         """The announcement of a server that was used before.
@@ -98,10 +122,10 @@ class Access:
         Raises:
             PeerConnectionError: it is not there any more.
         """
-        for signed in await self.swarm.directory.servers():
-            if signed.peer_id == hop.peer_id:
-                return signed
-        raise PeerConnectionError("it is not announced any more")
+        signed = (await self.swarm.directory.servers()).get(hop.peer_id)
+        if signed is None:
+            raise PeerConnectionError("it is not announced any more")
+        return signed
 
 
 class _Attempts:
@@ -109,34 +133,60 @@ class _Attempts:
 
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
-        self._failures: list[tuple[PeerId, PetalsError, PetalsError]] = []
+        self._failures: list[tuple[PeerId, PetalsError]] = []
+        self._barred: set[PeerId] = set()
+        """Servers that are asked no more while there are others."""
+        self._last: PetalsError | None = None
+        self._deadline_s: float | None = None
 
     async def plan(self, start: int, end: int) -> Plan:
-        """A chain without those that failed; raises the last failure if there is none."""
-        try:
-            return await self._swarm.plan(start, end, without=self._excluded())
-        except MissingBlocksError as missing:
-            raise (self._failures[-1][2] if self._failures else missing) from None
+        """A chain without those that failed.
+
+        Where all that hold a block have failed, or none is left, it waits for one to come, and has the least bad try
+        again meanwhile.
+
+        Raises:
+            PetalsError: the last failure, when time is up; ``MissingBlocksError`` if nobody failed yet.
+        """
+        clock = asyncio.get_running_loop().time
+        while True:
+            try:
+                return await self._swarm.plan(start, end, without=self._barred)
+            except MissingBlocksError as missing:
+                if self._last is None:
+                    raise
+                assert self._deadline_s is not None
+                left_s = self._deadline_s - clock()
+                if left_s <= 0:
+                    raise self._last from None
+                _logger.warning("%s; waiting for %.0f s more", missing.message, left_s)
+                await asyncio.sleep(min(_PATIENCE_S, left_s))
+                self._barred.clear()
+                with contextlib.suppress(NoPeersError):
+                    await self._swarm.directory.refresh()
 
     async def note(self, hop: Hop, error: PetalsError) -> None:
         """Note a failure, and wait where the server asks for it; raises it if it is the last."""
+        now_s = asyncio.get_running_loop().time()
+        options = self._swarm.options
         self._swarm.blame(hop.peer_id, error)
-        failure = explain_failure(hop, error)
-        self._failures.append((hop.peer_id, error, failure))
-        if error.disposition is Disposition.GIVE_UP or len(self._failures) >= self._swarm.options.max_attempts:
+        self._last = failure = explain_failure(hop, error)
+        self._failures.append((hop.peer_id, error))
+        if self._deadline_s is None:
+            self._deadline_s = now_s + options.recovery_timeout_s
+        # Servers that are not there cost nothing but time.
+        num_answered = sum(not isinstance(each, PeerConnectionError) for _, each in self._failures)
+        is_over = len(self._failures) >= options.max_attempts and now_s >= self._deadline_s
+        if error.disposition is Disposition.GIVE_UP or num_answered >= options.max_attempts or is_over:
             raise failure from error
         if error.disposition is Disposition.RETRY_SAME:
             await asyncio.sleep(min(error.retry_after_s or 0.5, _MAX_WAIT_S))
+        elif not isinstance(error, PeerConnectionError) or self._is_second(hop.peer_id):
+            self._barred.add(hop.peer_id)
 
-    def _excluded(self) -> set[PeerId]:
-        """Servers that are asked no more. A cut connection may happen once to everybody."""
-        peers = [peer_id for peer_id, _, _ in self._failures]
-        return {
-            peer_id
-            for peer_id, error, _ in self._failures
-            if error.disposition is not Disposition.RETRY_SAME
-            and (not isinstance(error, PeerConnectionError) or peers.count(peer_id) > 1)
-        }
+    def _is_second(self, peer_id: PeerId) -> bool:
+        """A cut connection may happen once to everybody."""
+        return sum(each == peer_id for each, _ in self._failures) > 1
 
 
 class MicroBatch:
@@ -158,7 +208,7 @@ class MicroBatch:
         *,
         plan: Plan | None = None,
     ) -> tuple[Tensor, list[tuple[Leg, Tensor]]]:
-        """Compute blocks ``start:end``; returns what comes out, and what went into each server.
+        """Compute blocks ``start:end``; returns what comes out, and, for a backward, what went into each server.
 
         When a server fails, others go on from the states before it. ``plan`` is tried first.
 
@@ -177,8 +227,8 @@ class MicroBatch:
                 except PetalsError as error:
                     await self._attempts.note(hop, error)
                     break
-                self._access.swarm.praise(hop.peer_id)
-                legs.append((Leg(hop=hop, graph_id=graph_id if is_kept else None), hidden))
+                if self._access.keeps_graphs:
+                    legs.append((Leg(hop=hop, graph_id=graph_id if is_kept else None), hidden))
                 hidden = output
                 position = hop.end
         return hidden, legs
@@ -217,20 +267,22 @@ class MicroBatch:
     async def _forward_hop(
         self, hop: Hop, server: SignedAnnouncement, hidden: Tensor, graph_id: bytes | None
     ) -> tuple[Tensor, bool]:
-        specs, payload = _encode_all([hidden, *self._prompts_of(hop)])
+        spec, payload = encode(hidden, encoding=self._access.activation_encoding)
+        prompt_specs, prompt_payload = _encode_all(self._prompts_of(hop))
         request = Forward(
             fingerprint=self._access.swarm.fingerprint,
             start=hop.start,
             end=hop.end,
             row_tokens=self._part.row_tokens,
             position_runs=self._part.position_runs,
-            tensors=tuple(spec.to_wire() for spec in specs),
+            tensors=tuple(each.to_wire() for each in (spec, *prompt_specs)),
             deadline_ms=int(self._access.swarm.options.step_timeout_s * 1000),
             graph_id=graph_id,
         )
-        reply = await self._access.call(server, request, payload, ForwardResult)
+        reply, took_s = await self._access.call(server, request, [*payload, *prompt_payload], ForwardResult)
         assert isinstance(reply.body, ForwardResult)
-        states = read_states(reply, reply.body.tensors, specs[0])
+        states = read_states(reply, reply.body.tensors, spec)
+        self._access.praise(server, hop, num_tokens=hidden.shape[0], took_s=took_s)
         (received,) = states.payload
         return decode(states.spec, memoryview(received)), reply.body.is_kept is True
 
@@ -259,7 +311,7 @@ class MicroBatch:
             deadline_ms=int(self._access.swarm.options.step_timeout_s * 1000),
             graph_id=graph_id,
         )
-        reply = await self._access.call(server, request, [*gradient_payload, *payload], BackwardResult)
+        reply, _ = await self._access.call(server, request, [*gradient_payload, *payload], BackwardResult)
         assert isinstance(reply.body, BackwardResult)
         prompts = self._prompts_of(hop)
         expected = [tuple(gradient.shape), *(tuple(each.shape) for each in prompts)]

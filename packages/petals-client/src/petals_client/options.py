@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from petals_core.addresses import Address
-from petals_core.announcement import DTYPES, QUANTIZATIONS, Announcement
+from petals_core.announcement import DTYPES, QUANTIZATIONS, SignedAnnouncement
 from petals_core.errors import ConfigurationError
 from petals_core.limits import MIB
 from petals_core.swarm_key import SwarmKey
 
 ACTIVATION_CODECS = ("float32", "float16", "bfloat16", "int8")
 GRADIENT_ENCODINGS = ("float32", "float16", "bfloat16", "int8")
+_PEER = re.compile(r"[a-z2-7]{8,52}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +32,16 @@ class ClientOptions:
     """For one step of a session, or one request, through one server, its waiting in a queue included."""
     open_timeout_s: float = 30.0
     """For opening a session, waiting for room in a server's cache included."""
+    recovery_timeout_s: float = 60.0
+    """How long a request that has begun waits while no server holds some of its blocks."""
     refresh_s: float = 20.0
     """Age at which what is known of the servers is looked up again."""
     max_tokens_per_request: int = 2048
     """Longer prompts and larger batches travel in parts."""
     micro_batch_tokens: int | None = None
-    """Tokens of whole rows that travel together in training; None: by the batch and the number of servers."""
+    """Tokens of whole rows that travel together in a batch; None: by the batch and the number of servers."""
     max_tokens_in_flight: int = 16_384
-    """Tokens of one forward or backward in training that are under way at once, which bounds the client's memory."""
+    """Tokens of one forward or backward that are under way at once, which bounds the client's memory."""
     gradient_encoding: str | None = None
     """How gradients travel: ``float16``, ``bfloat16`` or ``int8``, which loses precision; None: as they are."""
     activation_codec: str | None = None
@@ -47,6 +51,10 @@ class ClientOptions:
     """Forms of weights that servers may run (``none``, ``int8``, ``nf4``); None: any, and what is lossy is said."""
     allowed_dtypes: tuple[str, ...] | None = None
     """What servers may compute in (``float32``, ``bfloat16``); None: anything, and what differs is said."""
+    allowed_servers: tuple[str, ...] | None = None
+    """Peer ids of the only servers to use, or their first characters (8 at least); None: any."""
+    blocked_servers: tuple[str, ...] = ()
+    """Peer ids of servers never to use, or their first characters."""
     history_bytes: int = 256 * MIB
     """Memory per session and server for what another server would need to take its place."""
     max_attempts: int = 4
@@ -59,6 +67,8 @@ class ClientOptions:
             )
         for name, known in (("allowed_quantization", QUANTIZATIONS), ("allowed_dtypes", DTYPES)):
             _check_choice(name, getattr(self, name), known)
+        for name in ("allowed_servers", "blocked_servers"):
+            _check_peers(name, getattr(self, name))
         if self.gradient_encoding not in (None, *GRADIENT_ENCODINGS):
             raise ConfigurationError(
                 f"gradient_encoding {self.gradient_encoding!r} is none of {', '.join(GRADIENT_ENCODINGS)}"
@@ -93,15 +103,34 @@ class ClientOptions:
             **settings,
         )
 
-    def excludes(self, announcement: Announcement) -> str | None:
-        """Say what of a server is not allowed, ``nf4 weights`` or ``float16``; None if all is."""
+    def excludes(self, signed: SignedAnnouncement) -> str | None:
+        """Say what of a server is not allowed, ``nf4 weights`` or ``float16`` for example; None if all is."""
+        announcement = signed.announcement
         if self.allowed_quantization is not None and announcement.quantization not in self.allowed_quantization:
             return (
                 "unquantized weights" if announcement.quantization == "none" else f"{announcement.quantization} weights"
             )
         if self.allowed_dtypes is not None and announcement.torch_dtype not in self.allowed_dtypes:
             return announcement.torch_dtype
+        if self.allowed_servers is not None or self.blocked_servers:
+            peer = str(signed.peer_id)
+            if self.allowed_servers is not None and not peer.startswith(self.allowed_servers):
+                return "ids that allowed_servers lacks"
+            if peer.startswith(self.blocked_servers):
+                return "ids in blocked_servers"
         return None
+
+
+def _check_peers(name: str, chosen: object) -> None:
+    if chosen is None:
+        return
+    if not isinstance(chosen, tuple) or (name == "allowed_servers" and not chosen):
+        raise ConfigurationError(f"{name} {chosen!r} is not a list of peer ids")
+    for peer in chosen:
+        if not isinstance(peer, str) or not _PEER.fullmatch(peer):
+            raise ConfigurationError(
+                f"{name} {peer!r} is not a peer id: give its 52 letters and digits, or the first 8 or more of them"
+            )
 
 
 def _check_choice(name: str, chosen: object, known: tuple[str, ...]) -> None:
@@ -110,6 +139,6 @@ def _check_choice(name: str, chosen: object, known: tuple[str, ...]) -> None:
 
 
 def as_choice(value: Any) -> tuple[str, ...]:
-    """A user's list of names or of torch's dtypes, or a single one, as options have it."""
+    """A user's list of names, of peer ids or of torch's dtypes, or a single one, as options have it."""
     items = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     return tuple(str(item).removeprefix("torch.") for item in items)

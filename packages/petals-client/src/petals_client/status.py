@@ -91,7 +91,7 @@ async def read_status(swarm: Swarm) -> ClientStatus:
             penalty_s=swarm.health.penalty_s(signed.peer_id, now_s=now_s),
         )
         for signed in sorted(
-            await swarm.directory.servers(),
+            (await swarm.directory.servers()).values(),
             key=lambda each: (each.announcement.start, each.announcement.end, each.peer_id),
         )
     )

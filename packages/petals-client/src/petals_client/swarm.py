@@ -6,30 +6,29 @@ Belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Collection, Iterable
+from typing import TypeAlias
 
 from petals_client.directory import ServerDirectory
+from petals_client.measuring import Measurements
 from petals_client.options import ClientOptions
-from petals_client.packing import PositionRuns
+from petals_client.routing.explanation import Facts, Route, explain_chain
 from petals_client.routing.health import HealthLedger
-from petals_client.session import States, read_states
 from petals_core.announcement import SignedAnnouncement
-from petals_core.errors import Disposition, DrainingError, MissingBlocksError, PetalsError
+from petals_core.errors import Disposition, DrainingError, MissingBlocksError, NoPeersError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.net.dialer import Dialer, PeerConnection
-from petals_core.net.rpc import call
 from petals_core.routing.cost import estimate_cost
-from petals_core.routing.graph import Chain, Hop, describe_blocks, find_gaps
+from petals_core.routing.flow import Branch, split_flow
+from petals_core.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps
 from petals_core.routing.planner import plan_chain
-from petals_core.wire.frames import Priority
-from petals_core.wire.messages import Forward, ForwardResult
 
 _logger = logging.getLogger(__name__)
-_MAX_MEASURED = 16
-"""Servers whose round trip is measured for a plan."""
-_MEASURE_TIMEOUT_S = 1.0
+
+Servers: TypeAlias = dict[PeerId, SignedAnnouncement]
 
 
 class Swarm:
@@ -62,71 +61,153 @@ class Swarm:
         self._dialer = Dialer(
             identity=identity, swarm_key=options.swarm_key, connect_timeout_s=options.connect_timeout_s
         )
-        self._round_trips: dict[PeerId, float] = {}
-        self._unreachable: set[PeerId] = set()
+        self.measurements = Measurements(self.connect, blame=self.blame, rng=self._rng)
         self._warned_dtypes: set[str] = set()
 
     async def close(self) -> None:
         """Close all connections."""
+        await self.measurements.close()
         await self.directory.close()
         await self._dialer.close()
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
     async def plan(
-        self, start: int, end: int, *, without: Collection[PeerId] = (), cache_tokens: int = 0
-    ) -> tuple[Chain, dict[PeerId, SignedAnnouncement]]:
-        """Choose a chain over blocks ``start:end`` that avoids some servers; also returns what all servers announced.
+        self,
+        start: int,
+        end: int,
+        *,
+        without: Collection[PeerId] = (),
+        cache_tokens: int = 0,
+        previous: PeerId | None = None,
+        following: PeerId | None = None,
+    ) -> tuple[Chain, Servers]:
+        """Choose a chain over blocks ``start:end`` for a session; also returns what all usable servers announced.
+
+        Args:
+            without: servers that are not to be used; the plan is in a hurry then and measures nothing.
+            cache_tokens: what the session will need of each server's attention cache.
+            previous, following: the servers between which it is to stand; None: the client.
 
         Raises:
             MissingBlocksError: some blocks are held by no live server.
             NoPeersError: no peer of the swarm answers.
         """
-        usable = await self._usable(without)
-        if find_gaps(((each.announcement.start, each.announcement.end) for each in usable.values()), start, end):
-            # A server may have come a moment ago.
-            await self.directory.refresh()
-            usable = await self._usable(without)
-        await self._measure(usable)
-        now_s = asyncio.get_running_loop().time()
-        servers = [
-            estimate_cost(
-                signed.announcement,
-                peer_id,
-                round_trip_s=self._round_trips.get(peer_id),
-                penalty_s=self.health.penalty_s(peer_id, now_s=now_s),
-                cache_tokens=cache_tokens,
-            )
-            for peer_id, signed in usable.items()
-        ]
+        usable = await self._usable(start, end, without)
+        costs = self._weigh(usable, cache_tokens=cache_tokens)
+        ends = {
+            name: await self._weigh_one(peer_id) for name, peer_id in (("previous", previous), ("following", following))
+        }
         try:
-            chain = plan_chain(servers, start, end, model_name=self.model_name, rng=self._rng)
+            chain = plan_chain(costs, start, end, model_name=self.model_name, **ends)
         except MissingBlocksError:
             raise await self._explain_missing(start, end) from None
         self._warn_of_dtypes(usable[hop.peer_id] for hop in chain)
         return chain, usable
 
-    async def _usable(self, without: Collection[PeerId]) -> dict[PeerId, SignedAnnouncement]:
-        return {
-            signed.peer_id: signed
-            for signed in await self.directory.servers()
-            if signed.peer_id not in without and self.options.excludes(signed.announcement) is None
+    async def plan_batch(
+        self, start: int, end: int, *, num_tokens: int, max_chains: int
+    ) -> tuple[tuple[Branch, ...], Servers]:
+        """Divide a batch whose parts have ``num_tokens`` among chains; raises what ``plan`` raises."""
+        usable = await self._usable(start, end, ())
+        costs = self._weigh(usable, batch_tokens=num_tokens)
+        try:
+            branches = split_flow(costs, start, end, model_name=self.model_name, max_chains=max_chains)
+        except MissingBlocksError:
+            raise await self._explain_missing(start, end) from None
+        self._warn_of_dtypes(usable[hop.peer_id] for branch in branches for hop in branch.chain)
+        return branches, usable
+
+    async def explain_route(self, start: int, end: int, *, cache_tokens: int = 0) -> Route:
+        """Plan as for a session, and say what decided; raises what ``plan`` raises."""
+        usable = await self._usable(start, end, ())
+        costs = self._weigh(usable, cache_tokens=cache_tokens)
+        try:
+            chain = plan_chain(costs, start, end, model_name=self.model_name)
+        except MissingBlocksError:
+            raise await self._explain_missing(start, end) from None
+        now_s = asyncio.get_running_loop().time()
+        known = {**await self.directory.servers(), **usable}
+        facts = {
+            peer_id: Facts(
+                public_name=signed.announcement.public_name,
+                is_measured=self.measurements.get(peer_id) is not None,
+                penalty_s=self.health.penalty_s(peer_id, now_s=now_s),
+                penalty_reason=None if (record := self.health.record(peer_id)) is None else record.reason,
+                cache_tokens_left=self._cache_tokens_left(signed),
+                excluded_by=self.options.excludes(signed),
+            )
+            for peer_id, signed in known.items()
         }
+        spans = {peer_id: (each.announcement.start, each.announcement.end) for peer_id, each in known.items()}
+        return explain_chain(
+            chain, costs, facts, spans, model_name=self.model_name, start=start, end=end, cache_tokens=cache_tokens
+        )
+
+    async def _usable(self, start: int, end: int, without: Collection[PeerId]) -> Servers:
+        """Servers that may be used, measured as far as there is time."""
+        usable = self._allowed(await self.directory.servers(), without)
+        if find_gaps(((each.announcement.start, each.announcement.end) for each in usable.values()), start, end):
+            # A server may have come a moment ago.
+            with contextlib.suppress(NoPeersError):
+                await self.directory.refresh()
+            usable = self._allowed(await self.directory.servers(), without)
+        if not without:
+            await self.measurements.refresh(usable, start=start, end=end)
+            self.measurements.forget_others(usable.keys())
+        return usable
+
+    def _allowed(self, servers: Servers, without: Collection[PeerId]) -> Servers:
+        return {
+            peer_id: signed
+            for peer_id, signed in servers.items()
+            if peer_id not in without and self.options.excludes(signed) is None
+        }
+
+    def _weigh(self, servers: Servers, *, cache_tokens: int = 0, batch_tokens: int | None = None) -> list[Server]:
+        """What each server costs at the moment."""
+        now_s = asyncio.get_running_loop().time()
+        costs = []
+        for peer_id, signed in servers.items():
+            known = self.measurements.get(peer_id)
+            costs.append(
+                estimate_cost(
+                    signed.announcement,
+                    peer_id,
+                    round_trip_s=None if known is None else known.round_trip_s,
+                    penalty_s=self.health.penalty_s(peer_id, now_s=now_s),
+                    num_sessions=None if known is None else known.num_sessions,
+                    cache_tokens_left=self._cache_tokens_left(signed),
+                    cache_tokens=cache_tokens,
+                    batch_tokens=batch_tokens,
+                    noise=self._rng.random(),
+                )
+            )
+        return costs
+
+    async def _weigh_one(self, peer_id: PeerId | None) -> Server | None:
+        signed = None if peer_id is None else (await self.directory.servers()).get(peer_id)
+        return None if signed is None else self._weigh({signed.peer_id: signed})[0]
+
+    def _cache_tokens_left(self, signed: SignedAnnouncement) -> int | None:
+        known = self.measurements.get(signed.peer_id)
+        if known is None or known.cache_tokens_left is None:
+            return signed.announcement.cache_tokens_left
+        return known.cache_tokens_left
 
     async def _explain_missing(self, start: int, end: int) -> MissingBlocksError:
         """Say whether it is the client's own demands that leave no chain."""
-        servers = await self.directory.servers()
+        servers = (await self.directory.servers()).values()
         spans = [(signed.announcement.start, signed.announcement.end) for signed in servers]
-        reasons = [self.options.excludes(signed.announcement) for signed in servers]
+        reasons = [self.options.excludes(signed) for signed in servers]
         allowed = [span for span, reason in zip(spans, reasons, strict=True) if reason is None]
         gaps = find_gaps(allowed, start, end)
         if find_gaps(spans, start, end) or not gaps:
             return await self.directory.explain_missing(start, end)
         excluded = sorted({reason for reason in reasons if reason is not None})
         return MissingBlocksError(
-            f"{describe_blocks(gaps)} of {self.model_name} can be had only from servers "
-            f"with {' and '.join(excluded)}, which allowed_quantization and allowed_dtypes exclude: allow more, or "
-            "start a server"
+            f"{describe_blocks(gaps)} of {self.model_name} can be had only from servers with "
+            f"{' and '.join(excluded)}, which this client's options exclude: allow more, or start a server"
         )
 
     async def connect(self, signed: SignedAnnouncement) -> PeerConnection:
@@ -139,115 +220,23 @@ class Swarm:
         connection = await self._dialer.connect(signed.announcement.addresses, peer_id=peer_id)
         if connection.is_draining:
             raise DrainingError("it is about to stop")
-        self._round_trips[peer_id] = connection.rtt_s
+        self.measurements.note_round_trip(peer_id, connection.rtt_s)
         return connection
 
     def round_trip_s(self, peer_id: PeerId) -> float | None:
         """What was measured for a server."""
-        return self._round_trips.get(peer_id)
+        known = self.measurements.get(peer_id)
+        return None if known is None else known.round_trip_s
 
     def blame(self, peer_id: PeerId, error: PetalsError) -> None:
         """Note a server's failure, so that the next plan avoids it."""
         self.health.record_failure(peer_id, error, now_s=asyncio.get_running_loop().time())
         _logger.info("server %s failed: %s", peer_id.short, error.message)
 
-    def praise(self, peer_id: PeerId) -> None:
-        """Note a success."""
-        self.health.record_success(peer_id, now_s=asyncio.get_running_loop().time())
-
-    async def _measure(self, servers: dict[PeerId, SignedAnnouncement]) -> None:
-        """Connect to servers that were never met, to learn their round trips; who is slow is left unmeasured."""
-        new = [
-            signed
-            for peer_id, signed in servers.items()
-            if peer_id not in self._round_trips and peer_id not in self._unreachable
-        ]
-        if not new:
-            return
-        if len(new) > _MAX_MEASURED:
-            new = self._rng.sample(new, _MAX_MEASURED)
-
-        async def meet(signed: SignedAnnouncement) -> None:
-            try:
-                await self.connect(signed)
-            except PetalsError as error:
-                self._unreachable.add(signed.peer_id)
-                self.blame(signed.peer_id, error)
-
-        tasks = [asyncio.create_task(meet(signed)) for signed in new]
-        try:
-            _, slow = await asyncio.wait(tasks, timeout=_MEASURE_TIMEOUT_S)
-        except asyncio.CancelledError:
-            slow = set(tasks)
-            raise
-        finally:
-            for task in tasks:
-                task.cancel()
-        for signed, task in zip(new, tasks, strict=True):
-            if task in slow:
-                self._unreachable.add(signed.peer_id)
-
-    # --- requests without a session -----------------------------------------------------------------------------------
-
-    async def forward(
-        self,
-        states: States,
-        *,
-        start: int,
-        end: int,
-        row_tokens: tuple[int, ...],
-        position_runs: PositionRuns | None,
-    ) -> States:
-        """Compute blocks ``start:end`` on whole rows. When a server fails, others go on from the states before it.
-
-        Raises:
-            PetalsError: no chain could do it; the text says what went wrong last.
-        """
-        position = start
-        failed: set[PeerId] = set()
-        failures: list[PetalsError] = []
-        while position < end:
-            try:
-                chain, servers = await self.plan(position, end, without=failed)
-            except MissingBlocksError:
-                if not failures:
-                    raise
-                raise failures[-1] from None
-            for hop in chain:
-                request = Forward(
-                    fingerprint=self.fingerprint,
-                    start=hop.start,
-                    end=hop.end,
-                    row_tokens=row_tokens,
-                    position_runs=position_runs,
-                    tensors=(states.spec.to_wire(),),
-                    deadline_ms=int(self.options.step_timeout_s * 1000),
-                )
-                try:
-                    connection = await self.connect(servers[hop.peer_id])
-                    reply = await call(
-                        connection,
-                        request,
-                        states.payload,
-                        reply=ForwardResult,
-                        priority=Priority.BULK,
-                        timeout_s=self.options.step_timeout_s,
-                    )
-                    assert isinstance(reply.body, ForwardResult)
-                    states = read_states(reply, reply.body.tensors, states.spec)
-                except PetalsError as error:
-                    self.blame(hop.peer_id, error)
-                    failures.append(explain_failure(hop, error))
-                    if error.disposition is Disposition.GIVE_UP or len(failures) >= self.options.max_attempts:
-                        raise failures[-1] from error
-                    if error.disposition is Disposition.RETRY_SAME:
-                        await asyncio.sleep(min(error.retry_after_s or 0.5, 5.0))
-                    else:
-                        failed.add(hop.peer_id)
-                    break
-                self.praise(hop.peer_id)
-                position = hop.end
-        return states
+    def praise(self, peer_id: PeerId, *, took_s: float | None = None, expected_s: float | None = None) -> None:
+        """Note a success; with both times, of the same request, also whether it was a slow one."""
+        now_s = asyncio.get_running_loop().time()
+        self.health.record_success(peer_id, now_s=now_s, took_s=took_s, expected_s=expected_s)
 
     def _warn_of_dtypes(self, chain: Iterable[SignedAnnouncement]) -> None:
         for signed in chain:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from petals_client.chain import StepRequest
-from petals_client.chunks import Part, split_columns, split_rows
+from petals_client.chunks import Part, split_columns
 from petals_client.loop_thread import LoopThread, inherit
 from petals_client.options import ClientOptions
 from petals_client.packing import PositionRuns
+from petals_client.routing.explanation import Route
 from petals_client.session import States
 from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
@@ -102,21 +102,9 @@ class SwarmChain:
         position_runs: PositionRuns | None,
     ) -> Tensor:
         """See ``Chain.forward``. Parts of a large batch are under way at once."""
-        parts = split_rows(row_tokens, position_runs, self.options.max_tokens_per_request)
-        inputs = [encode_states(_take(hidden, part), self.options) for part in parts]
-
-        async def run() -> list[States]:
-            swarm = await self._ensure_swarm()
-            return await _gather(
-                [
-                    swarm.forward(
-                        states, start=start, end=end, row_tokens=part.row_tokens, position_runs=part.position_runs
-                    )
-                    for part, states in zip(parts, inputs, strict=True)
-                ]
-            )
-
-        return _join(hidden, parts, self._thread.run(run()))
+        return self.forward_for_training(
+            hidden, None, start=start, end=end, row_tokens=row_tokens, position_runs=position_runs, keeps_graphs=False
+        )[0]
 
     def forward_for_training(
         self,
@@ -175,6 +163,15 @@ class SwarmChain:
             self._thread.close()
 
     # --- for status ---------------------------------------------------------------------------------------------------
+
+    def explain_route(self, start: int, end: int, *, cache_tokens: int = 0) -> Route:
+        """The chain that a new session would use now, the cost of each of its edges, and why others lost.
+
+        Raises:
+            MissingBlocksError: some blocks are held by no live server.
+            NoPeersError: no peer of the swarm answers.
+        """
+        return self.run(lambda swarm: swarm.explain_route(start, end, cache_tokens=cache_tokens))
 
     async def _refresh(self) -> None:
         swarm = await self._ensure_swarm()
@@ -281,16 +278,3 @@ def _join(hidden: Tensor, parts: Sequence[Part], results: Sequence[States]) -> T
             output[first : first + count] = tokens[offset : offset + count]
             offset += count
     return output
-
-
-async def _gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, or the first error; then the others are cancelled and have ended."""
-    if len(coroutines) == 1:
-        return [await coroutines[0]]
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)

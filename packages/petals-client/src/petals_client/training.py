@@ -1,4 +1,4 @@
-"""Forward and backward of remote blocks for training: micro-batches through one chain or several, mended on the way.
+"""Forward and backward of batches through remote blocks: micro-batches through one chain or several, mended on the way.
 
 What a forward leaves behind is two things: a trace of plain values (which server computed what, and under which name it
 may have kept its graph), and the hidden states that went into each server, which its caller keeps with the tensors of
@@ -10,6 +10,7 @@ Letters: N tokens of all rows, R rows, B blocks, P prompt tokens of a row, H hid
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
@@ -20,14 +21,17 @@ import torch
 from torch import Tensor
 
 from petals_client.chunks import Part, split_rows
-from petals_client.micro_batch import REQUESTS_PER_SERVER, Access, Leg, MicroBatch, Plan
+from petals_client.micro_batch import REQUESTS_PER_SERVER, Access, Leg, MicroBatch
 from petals_client.packing import PositionRuns
 from petals_client.swarm import Swarm
-from petals_core.routing.graph import find_gaps
+from petals_core.routing.flow import Branch
+from petals_core.routing.graph import Chain
 
 _PARTS_PER_HOP: Final = 4
 _MIN_PART_TOKENS: Final = 128
 """Smaller micro-batches cost more in computing than they save in waiting."""
+_PLANNED_PART_TOKENS: Final = 512
+"""Size of a micro-batch for which chains are compared."""
 _MAX_CHAINS: Final = 4
 
 
@@ -76,23 +80,28 @@ class TrainingRun:
         Raises:
             PetalsError: no chain could do it.
         """
-        plans = await self._plan_chains(start, end, num_tokens=hidden.shape[0])
-        max_tokens = self._choose_part_tokens(hidden.shape[0], num_hops=sum(len(chain) for chain, _ in plans))
+        num_tokens = hidden.shape[0]
+        part_tokens = self._swarm.options.micro_batch_tokens or _MIN_PART_TOKENS
+        branches, servers = await self._swarm.plan_batch(
+            start,
+            end,
+            num_tokens=min(num_tokens, _PLANNED_PART_TOKENS),
+            max_chains=max(1, min(_MAX_CHAINS, num_tokens // part_tokens)),
+        )
+        max_tokens = self._choose_part_tokens(num_tokens, num_hops=sum(len(branch.chain) for branch in branches))
         parts = split_rows(row_tokens, position_runs, max_tokens)
         results: list[tuple[Tensor, list[tuple[Leg, Tensor]]] | None] = [None] * len(parts)
         todo = deque(enumerate(parts))
 
-        async def serve(plan: Plan) -> None:
+        async def serve(chain: Chain) -> None:
             """Take the next micro-batch as soon as the chain can begin one: the faster one takes more."""
             while todo:
                 index, part = todo.popleft()
                 async with self._in_flight(sum(part.row_tokens)):
                     micro_batch = MicroBatch(self._access, part, _rows_of(prompts, part), start=start)
-                    results[index] = await micro_batch.forward(_take(hidden, part), start, end, plan=plan)
+                    results[index] = await micro_batch.forward(_take(hidden, part), start, end, plan=(chain, servers))
 
-        await _run_all(
-            [serve(plan) for plan in plans for _ in range(min(len(parts), REQUESTS_PER_SERVER * len(plan[0])))]
-        )
+        await _run_all([serve(chain) for chain in _divide(branches, len(parts))])
         output = torch.empty_like(hidden)
         traces = []
         inputs: list[Tensor] = []
@@ -137,20 +146,6 @@ class TrainingRun:
 
     # --- sharing the way ----------------------------------------------------------------------------------------------
 
-    async def _plan_chains(self, start: int, end: int, *, num_tokens: int) -> list[Plan]:
-        """The best chain and, for a batch that can be divided, the best of those servers that are left, and so on."""
-        chain, servers = await self._swarm.plan(start, end)
-        plans: list[Plan] = [(chain, servers)]
-        used = {hop.peer_id for hop in chain}
-        while len(plans) < min(_MAX_CHAINS, num_tokens // _MIN_PART_TOKENS):
-            left = [each.announcement for peer_id, each in servers.items() if peer_id not in used]
-            if find_gaps(((each.start, each.end) for each in left), start, end):
-                break
-            chain, servers = await self._swarm.plan(start, end, without=used)
-            plans.append((chain, servers))
-            used |= {hop.peer_id for hop in chain}
-        return plans
-
     def _choose_part_tokens(self, num_tokens: int, *, num_hops: int) -> int:
         options = self._swarm.options
         wanted = options.micro_batch_tokens
@@ -178,6 +173,17 @@ class TrainingRun:
                 if not turn.done():
                     self._tokens_left -= count
                     turn.set_result(None)
+
+
+def _divide(branches: Sequence[Branch], num_parts: int) -> list[Chain]:
+    """A chain for each micro-batch that is under way at once, in proportion to the chains' shares at any number."""
+    most = branches[0].share
+    places = []
+    for branch in branches:
+        num_places = min(num_parts, math.ceil(REQUESTS_PER_SERVER * len(branch.chain) * branch.share / most))
+        places += [((place + 0.5) / branch.share, branch.chain) for place in range(num_places)]
+    places.sort(key=lambda place: place[0])
+    return [chain for _, chain in places]
 
 
 def _take(tokens: Tensor, part: Part) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import random
+import math
 from itertools import pairwise
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from petals_core.errors import MissingBlocksError
 from petals_core.identity import PeerId
 from petals_core.routing.graph import Hop, Server, describe_blocks, find_gaps
-from petals_core.routing.planner import plan_chain
+from petals_core.routing.planner import Lattice, cost_of, plan_chain
 
 NUM_BLOCKS = 5
 
@@ -22,54 +22,119 @@ def peer(number: int) -> PeerId:
     return PeerId(hashlib.sha256(bytes([number])).digest())
 
 
-def server(number: int, start: int, end: int, *, hop_s: float = 1.0, block_s: float = 1.0) -> Server:
-    return Server(peer_id=peer(number), start=start, end=end, hop_s=hop_s, block_s=block_s)
-
-
-def plan(servers: list[Server], start: int = 0, end: int = NUM_BLOCKS, seed: int = 0) -> tuple[Hop, ...]:
-    return plan_chain(servers, start, end, model_name="tiny", rng=random.Random(seed))
-
-
-def cost(chain: tuple[Hop, ...], servers: list[Server]) -> float:
-    by_peer = {each.peer_id: each for each in servers}
-    return sum(by_peer[hop.peer_id].hop_s + (hop.end - hop.start) * by_peer[hop.peer_id].block_s for hop in chain)
-
-
-def cheapest(servers: list[Server], block: int, end: int) -> float:
-    """By trying everything."""
-    if block == end:
-        return 0.0
-    return min(
-        (
-            each.hop_s + (last - block) * each.block_s + cheapest(servers, last, end)
-            for each in servers
-            if each.start <= block < each.end
-            for last in range(block + 1, min(each.end, end) + 1)
-        ),
-        default=float("inf"),
+def server(
+    number: int,
+    start: int,
+    end: int,
+    *,
+    client_s: float = 0.5,
+    hop_s: float = 0.0,
+    block_s: float = 1.0,
+    next_s: dict[int, float] | None = None,
+) -> Server:
+    return Server(
+        peer_id=peer(number),
+        start=start,
+        end=end,
+        client_s=client_s,
+        hop_s=hop_s,
+        block_s=block_s,
+        next_s={peer(other).digest: delay_s for other, delay_s in (next_s or {}).items()},
     )
 
 
+def plan(
+    servers: list[Server],
+    start: int = 0,
+    end: int = NUM_BLOCKS,
+    previous: Server | None = None,
+    following: Server | None = None,
+) -> tuple[Hop, ...]:
+    return plan_chain(servers, start, end, model_name="tiny", previous=previous, following=following)
+
+
+def cheapest(
+    servers: list[Server],
+    block: int = 0,
+    end: int = NUM_BLOCKS,
+    previous: Server | None = None,
+    following: Server | None = None,
+    through: Server | None = None,
+) -> float:
+    """By trying everything: the cost of the best chain, of those with ``through`` in it if that is given."""
+    best = math.inf
+    for each in servers:
+        if not each.start <= block < each.end:
+            continue
+        arrival = each.client_s if previous is None else previous.delay_to(each)
+        wanted = None if each is through else through
+        for last in range(block + 1, min(each.end, end) + 1):
+            cost = arrival + each.hop_s + (last - block) * each.block_s
+            if last < end:
+                # Leaving a server and coming back at once is no other chain: the visit only costs.
+                cost += cheapest(servers, last, end, each, following, wanted)
+            elif wanted is None:
+                cost += each.client_s if following is None else each.delay_to(following)
+            else:
+                continue
+            best = min(best, cost)
+    return best
+
+
 spans = st.integers(0, NUM_BLOCKS - 1).flatmap(
-    lambda start: st.tuples(st.just(start), st.integers(start + 1, NUM_BLOCKS), st.integers(0, 4), st.integers(0, 4))
+    lambda start: st.tuples(st.just(start), st.integers(start + 1, NUM_BLOCKS), *[st.integers(0, 4)] * 3)
 )
+pairs = st.dictionaries(st.tuples(st.integers(0, 6), st.integers(0, 6)), st.integers(0, 9), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(spans, min_size=1, max_size=6), st.integers(0, 9))
-def test_no_chain_is_cheaper(drawn: list[tuple[int, int, int, int]], seed: int) -> None:
-    servers = [server(i, a, b, hop_s=hop, block_s=block) for i, (a, b, hop, block) in enumerate(drawn)]
+def build(drawn: list[tuple[int, int, int, int, int]], known: dict[tuple[int, int], int]) -> list[Server]:
+    """Servers with any delays between them, those that break the triangle inequality too."""
+    return [
+        server(
+            number,
+            start,
+            end,
+            client_s=client,
+            hop_s=hop,
+            block_s=block,
+            next_s={other: delay for (one, other), delay in known.items() if one == number and other != number},
+        )
+        for number, (start, end, client, hop, block) in enumerate(drawn)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(spans, min_size=1, max_size=6), pairs, st.booleans(), st.booleans())
+def test_no_chain_is_cheaper(
+    drawn: list[tuple[int, int, int, int, int]], known: dict[tuple[int, int], int], within: bool, behind: bool
+) -> None:
+    servers = build(drawn, known)
     gaps = find_gaps([(each.start, each.end) for each in servers], 0, NUM_BLOCKS)
     if gaps:
         with pytest.raises(MissingBlocksError):
-            plan(servers, seed=seed)
+            plan(servers)
         return
-    chain = plan(servers, seed=seed)
+    ends = {
+        "previous": server(6, 0, 1, client_s=2, next_s={0: 1, 1: 5}) if within else None,
+        "following": server(5, 0, 1, client_s=3) if behind else None,
+    }
+    chain = plan(servers, **ends)
     assert (chain[0].start, chain[-1].end) == (0, NUM_BLOCKS)
     assert all(before.end == after.start for before, after in pairwise(chain))
     by_peer = {each.peer_id: each for each in servers}
     assert all(by_peer[hop.peer_id].start <= hop.start < hop.end <= by_peer[hop.peer_id].end for hop in chain)
-    assert cost(chain, servers) == pytest.approx(cheapest(servers, 0, NUM_BLOCKS))
+    assert cost_of(chain, servers, **ends) == pytest.approx(cheapest(servers, **ends))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(spans, min_size=1, max_size=5), pairs)
+def test_the_cheapest_chain_through_each_server(
+    drawn: list[tuple[int, int, int, int, int]], known: dict[tuple[int, int], int]
+) -> None:
+    servers = [*build(drawn, known), server(6, 0, NUM_BLOCKS, client_s=2.0)]
+    through = Lattice(servers, 0, NUM_BLOCKS).cheapest_through()
+    for each, cost in zip(servers, through, strict=True):
+        assert cost == pytest.approx(cheapest(servers, through=each))
 
 
 def test_fewer_hops_are_cheaper_at_equal_speed() -> None:
@@ -77,10 +142,19 @@ def test_fewer_hops_are_cheaper_at_equal_speed() -> None:
     assert chain == (Hop(peer_id=peer(2), start=0, end=5),)
 
 
-def test_equals_share_the_load() -> None:
-    servers = [server(number, 0, 5) for number in range(4)]
-    chosen = {plan(servers, seed=seed)[0].peer_id for seed in range(64)}
-    assert chosen == {each.peer_id for each in servers}
+def test_neighbours_beat_servers_that_are_nearer_to_the_client() -> None:
+    """Two servers far away but beside each other, and two that are nearer, at opposite ends."""
+    near = [server(0, 0, 3, client_s=0.04), server(1, 3, 5, client_s=0.04)]
+    far = [server(2, 0, 3, client_s=0.05, next_s={3: 0.001}), server(3, 3, 5, client_s=0.05)]
+    assert [hop.peer_id for hop in plan(near + far)] == [peer(2), peer(3)]
+
+
+def test_a_replacement_stands_between_its_neighbours() -> None:
+    before = server(0, 0, 2, next_s={1: 0.4, 2: 0.1})
+    after = server(3, 4, 5)
+    candidates = [server(1, 2, 4, client_s=0.2), server(2, 2, 4, client_s=0.6, next_s={3: 0.1})]
+    assert plan(candidates, 2, 4)[0].peer_id == peer(1)
+    assert plan(candidates, 2, 4, previous=before, following=after)[0].peer_id == peer(2)
 
 
 def test_missing_blocks_are_named() -> None:

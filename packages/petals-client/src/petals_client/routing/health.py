@@ -3,59 +3,75 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from petals_core.errors import Disposition, PetalsError
 from petals_core.identity import PeerId
 
-PENALTY_S = 20.0
+PENALTY_S: Final = 20.0
 """Cost of a hop right after a first failure: more than any detour, less than having no chain at all."""
-MAX_PENALTY_S = 600.0
-HALF_LIFE_S = 60.0
-_FORGET_BELOW_S = 0.01
-_MAX_PEERS = 4096
+MAX_PENALTY_S: Final = 600.0
+HALF_LIFE_S: Final = 60.0
+SLOW_FACTOR: Final = 3.0
+"""An answer is slow if it took this many times as long as expected,"""
+SLOW_S: Final = 0.25
+"""and longer by this, so that a short stall counts for nothing."""
+_FORGET_BELOW_S: Final = 0.01
+_MAX_PEERS: Final = 4096
 
 
-@dataclass(slots=True)
-class _Record:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What is held against a server."""
+
     penalty_s: float
+    """Cost of a visit, when it was noted."""
     at_s: float
+    reason: str
+    num_failures: int
+    """One behind another; slow answers and full caches are none."""
 
 
 class HealthLedger:
-    """Penalties of servers in seconds of cost: a failure counts at once, doubles when repeated, halves every minute.
+    """Penalties of servers in seconds of cost. ``now_s`` is a monotonic time.
 
-    ``now_s`` is a monotonic time.
+    A failure, a time-out included, counts at once; each further one without a success between doubles what there is,
+    up to ten minutes; all of it halves every minute. A success clears it. An answer that came, but much later than
+    expected, counts as many seconds as it was late, until one comes in time.
     """
 
     def __init__(self) -> None:
-        self._records: dict[PeerId, _Record] = {}
+        self._records: dict[PeerId, Record] = {}
 
     def record_failure(self, peer_id: PeerId, error: PetalsError, *, now_s: float) -> None:
         """Note that a request to a server failed. Errors that are the request's own fault blame nobody."""
+        penalty_s = self.penalty_s(peer_id, now_s=now_s)
+        num_failures = self.num_failures(peer_id)
         match error.disposition:
             case Disposition.GIVE_UP:
                 return
             case Disposition.RETRY_SAME:
-                # Full, not faulty: worth its waiting time.
-                added_s = min(max(error.retry_after_s or 1.0, 0.1), PENALTY_S)
+                # Full, not faulty: worth its waiting time, however often it says so.
+                penalty_s = max(penalty_s, min(max(error.retry_after_s or 1.0, 0.1), PENALTY_S))
             case Disposition.GO_ELSEWHERE:
-                added_s = PENALTY_S + self.penalty_s(peer_id, now_s=now_s)
-        if len(self._records) >= _MAX_PEERS and peer_id not in self._records:
-            oldest = min(self._records, key=lambda peer: self._records[peer].at_s)
-            del self._records[oldest]
-        penalty_s = min(self.penalty_s(peer_id, now_s=now_s) + added_s, MAX_PENALTY_S)
-        self._records[peer_id] = _Record(penalty_s, now_s)
+                penalty_s = max(PENALTY_S, 2 * penalty_s) if num_failures else max(PENALTY_S, penalty_s)
+                num_failures += 1
+        self._note(peer_id, penalty_s, num_failures, error.message, now_s)
 
-    def record_success(self, peer_id: PeerId, *, now_s: float) -> None:
-        """Note that a server answered: what it did before counts half from now on."""
-        record = self._records.get(peer_id)
-        if record is None:
+    def record_success(
+        self, peer_id: PeerId, *, now_s: float, took_s: float | None = None, expected_s: float | None = None
+    ) -> None:
+        """Note that a server answered: what it did before is forgotten.
+
+        With ``took_s`` and ``expected_s``, both of the same request, an answer that was slow is noted as such.
+        """
+        self._records.pop(peer_id, None)
+        if took_s is None or expected_s is None:
             return
-        penalty_s = self.penalty_s(peer_id, now_s=now_s) / 2
-        if penalty_s < _FORGET_BELOW_S:
-            del self._records[peer_id]
-        else:
-            self._records[peer_id] = _Record(penalty_s, now_s)
+        late_s = took_s - expected_s
+        if late_s > SLOW_S and took_s > SLOW_FACTOR * expected_s:
+            text = f"an answer took {took_s:.2g} s instead of {expected_s:.2g} s"
+            self._note(peer_id, min(late_s, PENALTY_S), 0, text, now_s)
 
     def penalty_s(self, peer_id: PeerId, *, now_s: float) -> float:
         """Return the cost to add to a visit of this server."""
@@ -64,3 +80,20 @@ class HealthLedger:
             return 0.0
         penalty_s = record.penalty_s * 0.5 ** (max(0.0, now_s - record.at_s) / HALF_LIFE_S)
         return penalty_s if penalty_s >= _FORGET_BELOW_S else 0.0
+
+    def num_failures(self, peer_id: PeerId) -> int:
+        """How often it failed without a success between."""
+        record = self._records.get(peer_id)
+        return 0 if record is None else record.num_failures
+
+    def record(self, peer_id: PeerId) -> Record | None:
+        """What was noted last."""
+        return self._records.get(peer_id)
+
+    def _note(self, peer_id: PeerId, penalty_s: float, num_failures: int, reason: str, now_s: float) -> None:
+        if len(self._records) >= _MAX_PEERS and peer_id not in self._records:
+            oldest = min(self._records, key=lambda peer: self._records[peer].at_s)
+            del self._records[oldest]
+        self._records[peer_id] = Record(
+            penalty_s=min(penalty_s, MAX_PENALTY_S), at_s=now_s, reason=reason, num_failures=num_failures
+        )

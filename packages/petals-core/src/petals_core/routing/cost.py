@@ -1,21 +1,32 @@
-"""What visiting a server costs, from what it announces, what was measured, and how it behaved."""
+"""What visiting a server costs, from what it announces, what was measured, and how it behaved.
+
+``docs/routing.md`` says where each constant comes from.
+"""
 
 from __future__ import annotations
 
-import math
+from typing import Final
 
 from petals_core.announcement import Announcement
 from petals_core.identity import PeerId
 from petals_core.routing.graph import Server
 
-SOFTWARE_S = 0.002
-"""Cost of a hop beside the network: framing, wake-ups, a turn of the server's loop."""
-UNKNOWN_ROUND_TRIP_S = 0.1
-"""Assumed for servers that were not measured: dearer than most, so that measured ones are preferred."""
-UNKNOWN_TOKENS_PER_S = 100.0
+SOFTWARE_S: Final = 0.001
+"""Cost of a hop beside network and blocks: framing, TLS, wake-ups, a turn of the server's loop."""
+UNKNOWN_DELAY_S: Final = 0.05
+"""One-way delay assumed for servers that were not measured: dearer than most, so that measured ones are preferred."""
+UNKNOWN_TOKENS_PER_S: Final = 100.0
 """Assumed rate of one span, for servers that announce none."""
-_FULL_CACHE_S = 5.0
-_MAX_LOAD = 100.0
+SESSION_SHARE: Final = 0.2
+"""What each session that a server has open adds to a step, as a share of an idle server's step."""
+NOISE_SHARE: Final = 0.1
+NOISE_S: Final = 0.001
+"""Costs that differ by less than this share, and this time, are equal: chance decides between them."""
+FULL_CACHE_S: Final = 5.0
+"""Cost of a server whose cache has no room for the session: it may have when others have ended."""
+AVOIDED_S: Final = 1000.0
+"""Cost of a server that is not to be used if there is any other way."""
+_MAX_LOAD: Final = 100.0
 
 
 def estimate_cost(
@@ -24,29 +35,43 @@ def estimate_cost(
     *,
     round_trip_s: float | None,
     penalty_s: float,
+    num_sessions: int | None = None,
+    cache_tokens_left: int | None = None,
     cache_tokens: int = 0,
+    batch_tokens: int | None = None,
+    noise: float = 0.0,
 ) -> Server:
-    """Weigh a server for the planner. ``cache_tokens`` is what a session will need of its attention cache.
+    """Weigh a server for the planner.
 
     What a server claims only moves it within bounds: a liar is found out by measuring and by failures.
+
+    Args:
+        round_trip_s: from the client; None: not measured.
+        penalty_s: what its failures add.
+        num_sessions: open there, as it said when it was last asked; None: it was not asked.
+        cache_tokens_left: the same of its attention cache; None: what it announced counts.
+        cache_tokens: what a session will need of its attention cache.
+        batch_tokens: tokens of a micro-batch that passes through without a session; None: single tokens of a session.
+        noise: from 0 to 1, drawn anew by every client for every server, so that equals share the load.
     """
-    rate = announcement.inference_tokens_per_s or UNKNOWN_TOKENS_PER_S
-    load = min(announcement.load or 0.0, _MAX_LOAD)
+    rate = announcement.inference_tokens_per_s if batch_tokens is None else announcement.forward_tokens_per_s
+    load = min(max(announcement.load or 0.0, SESSION_SHARE * (num_sessions or 0)), _MAX_LOAD)
     num_blocks = announcement.end - announcement.start
-    hop_s = SOFTWARE_S + _rounded(UNKNOWN_ROUND_TRIP_S if round_trip_s is None else round_trip_s) + penalty_s
-    if announcement.cache_tokens_left is not None and announcement.cache_tokens_left < cache_tokens:
-        hop_s += _FULL_CACHE_S
+    span_s = (batch_tokens or 1) * (1.0 + load) / max(rate or UNKNOWN_TOKENS_PER_S, 0.01)
+    client_s = UNKNOWN_DELAY_S if round_trip_s is None else round_trip_s / 2
+    hop_s = SOFTWARE_S + penalty_s + noise * (NOISE_S + NOISE_SHARE * (client_s + span_s))
+    left = announcement.cache_tokens_left if cache_tokens_left is None else cache_tokens_left
+    if left is not None and left < cache_tokens:
+        hop_s += FULL_CACHE_S
     return Server(
         peer_id=peer_id,
         start=announcement.start,
         end=announcement.end,
+        client_s=client_s,
         hop_s=hop_s,
-        block_s=_rounded((1.0 + load) / (max(rate, 0.01) * num_blocks)),
+        block_s=span_s / num_blocks,
+        next_s=dict(announcement.next_delays) if announcement.next_delays else _NO_DELAYS,
     )
 
 
-def _rounded(duration_s: float) -> float:
-    """Round to the next of ten steps per decade: what differs by less is equal, and equals share the load."""
-    if duration_s <= 0.0:
-        return 0.0
-    return 10.0 ** (math.ceil(math.log10(duration_s) * 10) / 10)
+_NO_DELAYS: Final[dict[bytes, float]] = {}

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from petals_core.identity import PeerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """A live server that holds blocks ``start:end``, and what using it costs."""
+    """A live server that holds blocks ``start:end``, and what using it costs, in seconds."""
 
     peer_id: PeerId
     start: int
     end: int
+    client_s: float
+    """One-way delay between it and the client, measured or assumed."""
     hop_s: float
-    """Cost of visiting it at all: the trip there and back, its queue, its reputation."""
+    """Cost of visiting it at all, beside the delays: software, its reputation, a cache without room."""
     block_s: float
     """Cost of each block that it computes."""
+    next_s: Mapping[bytes, float] = field(default_factory=dict)
+    """One-way delays to others as it announced them, by the digests of their peer ids."""
+
+    def delay_to(self, other: Server) -> float:
+        """One-way delay to the next server of a chain: what this one has measured, and never more than by the client.
+
+        Where it has measured none, this is the triangle inequality's upper bound, which is also what it costs to
+        have the client carry the states. The planner takes the least of many sums: with estimates that err to both
+        sides it would choose those that err to the low one.
+        """
+        return min(self.client_s + other.client_s, self.next_s.get(other.peer_id.digest, math.inf))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

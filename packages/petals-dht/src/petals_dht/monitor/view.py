@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from petals_core.errors import MissingBlocksError
 from petals_core.identity import PeerId
 from petals_core.routing.cost import estimate_cost
 from petals_core.routing.graph import describe_blocks, find_gaps
-from petals_core.routing.planner import plan_chain
+from petals_core.routing.planner import cost_of, plan_chain
 from petals_dht.monitor.observations import SILENT, Observations, speed_bound
 from petals_dht.overview import ModelOverview, ModelSummary
 
@@ -125,13 +126,6 @@ class SwarmView:
     open_s: float
 
 
-class _KeepOrder:
-    """Makes the planner choose the first of equals, so that the preview does not flicker."""
-
-    def shuffle(self, x: list[Any], /) -> None:
-        x.sort(key=lambda server: server.peer_id)
-
-
 def view_swarm(observations: Observations, *, at_s: float, now_s: float) -> SwarmView:
     """The view of everything observed, at monotonic ``at_s`` and Unix time ``now_s``."""
     looked_up_at_s = observations.looked_up_at_s
@@ -213,12 +207,16 @@ def _preview(
 ) -> RouteView | None:
     costs = {
         signed.peer_id: estimate_cost(
-            signed.announcement, signed.peer_id, round_trip_s=views[signed.peer_id].delay_s, penalty_s=0.0
+            signed.announcement,
+            signed.peer_id,
+            round_trip_s=_steady(views[signed.peer_id].delay_s),
+            penalty_s=0.0,
+            num_sessions=views[signed.peer_id].num_sessions,
         )
-        for signed in usable
+        for signed in sorted(usable, key=lambda each: each.peer_id)
     }
     try:
-        chain = plan_chain(costs.values(), 0, model.num_blocks, model_name=model.model_name, rng=_KeepOrder())
+        chain = plan_chain(costs.values(), 0, model.num_blocks, model_name=model.model_name)
     except MissingBlocksError:
         return None
     hops = tuple(
@@ -231,8 +229,12 @@ def _preview(
         )
         for hop in chain
     )
-    step_s = sum(costs[hop.peer_id].hop_s + (hop.end - hop.start) * costs[hop.peer_id].block_s for hop in chain)
-    return RouteView(hops=hops, step_s=step_s)
+    return RouteView(hops=hops, step_s=cost_of(chain, costs.values()))
+
+
+def _steady(delay_s: float | None) -> float | None:
+    """Rounded to ten steps per decade, so that the preview does not flicker."""
+    return None if not delay_s else 10.0 ** (math.ceil(math.log10(delay_s) * 10) / 10)
 
 
 # --- alerts -----------------------------------------------------------------------------------------------------------
