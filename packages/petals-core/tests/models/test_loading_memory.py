@@ -70,7 +70,7 @@ def test_experts_of_many_files_are_loaded_with_a_fifth_more_than_they_take(
 
 def test_the_whole_span_is_never_there_unquantized(tmp_path: Path) -> None:
     """In a process of its own, where nothing else takes or gives back memory meanwhile."""
-    folder = make_checkpoint(tmp_path, num_blocks=6, hidden_size=512, max_shard_size=5_000_000)
+    folder = make_checkpoint(tmp_path, num_blocks=9, hidden_size=512, max_shard_size=5_000_000)
     for quantization in ("none", "nf4"):
         make_checkpoint(tmp_path / quantization)
     command = [sys.executable, "-W", "ignore", __file__, str(folder)]
@@ -86,8 +86,8 @@ def print_peaks(folder: Path) -> None:
     """Size and peak of a span as it is stored, then of the same in nf4; before that, both are loaded once, small."""
     for quantization in ("none", "nf4"):
         load_span(Checkpoint.open(folder / quantization), 0, 1, quantization=quantization)
-    plain, plain_peak = measure_peak(lambda: load_span(Checkpoint.open(folder), 0, 6))
-    quantized, quantized_peak = measure_peak(lambda: load_span(Checkpoint.open(folder), 0, 6, quantization="nf4"))
+    plain, plain_peak = measure_peak(lambda: load_span(Checkpoint.open(folder), 0, 9))
+    quantized, quantized_peak = measure_peak(lambda: load_span(Checkpoint.open(folder), 0, 9, quantization="nf4"))
     print(plain.num_bytes, plain_peak, quantized.num_bytes, quantized_peak)
 
 

@@ -25,6 +25,7 @@ import torch
 
 from petals_core.errors import CheckpointError, UnsupportedModelError
 from petals_core.models.hashes import ProgressCallback
+from petals_core.models.memory import HeapTrimmer
 from petals_core.models.remote_code import load_remote_code
 from petals_core.models.safetensors_file import COPY_AGAIN, TensorEntry, dtype_name, read_header, read_tensor
 from petals_core.models.sources import Folder, Hub, Source, one_line, read_json
@@ -297,11 +298,13 @@ class Checkpoint:
         ``num_bytes`` is told to ``progress`` as the size of all that will be read.
         """
         progress = self._progress
+        trimmer = HeapTrimmer()
         done = 0
 
         def report(entry: TensorEntry) -> None:
             nonlocal done
             done += entry.num_bytes
+            trimmer.note(entry.num_bytes)
             if progress is not None:
                 progress(f"load {entry.name}", done, num_bytes or done)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from petals_core.announcement import QUANTIZATIONS
 from petals_core.errors import ConfigurationError, UnsupportedModelError
+from petals_core.models.memory import HeapTrimmer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -238,9 +239,11 @@ def finish(model: PreTrainedModel, form: Quantization, dtype: torch.dtype) -> No
         return
     from bitsandbytes.nn.modules import Linear4bit
 
+    trimmer = HeapTrimmer()
     for module in model.modules():
         if isinstance(module, Linear4bit) and module.weight.device.type == "cpu":
             _pack(module)
+            trimmer.note(14 * module.weight.nbytes)  # packing unpacks two weights of a byte to 32 bits each, and to 8
 
 
 def _bitsandbytes_is_used(model: nn.Module) -> bool:
