@@ -58,7 +58,7 @@ class World:
         return max(rates)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     base_s=SECONDS, column=RATES, draft=RATES, rate=RATES, noise=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 99)
 )

@@ -18,52 +18,54 @@ PROBE_SHARE: Final = 0.01
 """Of the time may be spent on drafts that are not expected to pay."""
 MIN_GAIN: Final = 1.05
 """Drafts have to promise so many times the tokens per second: estimates are not exact."""
-_PLAIN_TRIP_EVERY: Final = 64
-"""Trips after which one goes without drafts, so that the price of drafts is known and not guessed."""
-_TRIP_MEMORY: Final = 0.97
+_PLAIN_TRIP_EVERY: Final = (2, 4, 8, 16, 32, 64)
+"""Trips after which one goes without drafts, first and later, so that the price of drafts is known and not guessed."""
+_TRIP_MEMORY: Final = 12.0
+_TRIP_FADING: Final = 0.99
 _DRAFT_MEMORY: Final = 0.98
 _MAX_SURPRISE: Final = 3.0
 """Times the expected duration that a single trip counts at most."""
 _SLOPE_PRIOR: Final = 0.03
 """Share of a trip that another column costs, before it was measured."""
-_SLOPE_PRIOR_WEIGHT: Final = 4.0
+_SLOPE_PRIOR_WEIGHT: Final = 0.5
 _RATE_PRIOR_WEIGHT: Final = 4.0
 
 
 @dataclass(slots=True)
 class TripCost:
-    """How long trips take by their columns: a line through what was measured, recent trips first."""
+    """How long trips take by their columns: a line through the means of trips with the same number of columns."""
 
-    _weight: float = 0.0
-    _x: float = 0.0
-    _y: float = 0.0
-    _xx: float = 0.0
-    _xy: float = 0.0
+    _means: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """By columns: the mean of recent durations, and its weight, which falls while others are measured."""
 
     @property
     def is_known(self) -> bool:
-        return self._weight > 0
+        return bool(self._means)
 
     def note(self, num_columns: int, duration_s: float) -> None:
         """Take a trip into account."""
-        if self.is_known:
-            duration_s = min(duration_s, _MAX_SURPRISE * self.duration_s(num_columns))
-        x = float(num_columns - 1)
-        self._weight = self._weight * _TRIP_MEMORY + 1
-        self._x = self._x * _TRIP_MEMORY + x
-        self._y = self._y * _TRIP_MEMORY + duration_s
-        self._xx = self._xx * _TRIP_MEMORY + x * x
-        self._xy = self._xy * _TRIP_MEMORY + x * duration_s
+        if num_columns in self._means:
+            duration_s = min(duration_s, _MAX_SURPRISE * self._means[num_columns][0])
+        elif self.is_known:  # not even a server that does nothing but compute takes as long as for as many trips
+            duration_s = min(duration_s, num_columns * self.duration_s(1))
+        mean_s, weight = self._means.get(num_columns, (0.0, 0.0))
+        weight = min(weight + 1, _TRIP_MEMORY)
+        self._means = {columns: (mean, each * _TRIP_FADING) for columns, (mean, each) in self._means.items()}
+        self._means[num_columns] = (mean_s + (duration_s - mean_s) / weight, weight)
 
     def duration_s(self, num_columns: int) -> float:
         """Expected duration of a trip; more columns are never cheaper. Something must have been noted."""
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        variance = max(0.0, self._xx - self._x * mean_x)
-        covariance = self._xy - self._x * mean_y
+        weight = sum(count for _, count in self._means.values())
+        mean_x = sum(count * columns for columns, (_, count) in self._means.items()) / weight
+        mean_y = sum(count * mean_s for mean_s, count in self._means.values()) / weight
+        variance = sum(count * (columns - mean_x) ** 2 for columns, (_, count) in self._means.items())
+        covariance = sum(
+            count * (columns - mean_x) * (mean_s - mean_y) for columns, (mean_s, count) in self._means.items()
+        )
         guess = _SLOPE_PRIOR * mean_y
         slope = max(0.0, (covariance + guess * _SLOPE_PRIOR_WEIGHT) / (variance + _SLOPE_PRIOR_WEIGHT))
-        slope = min(slope, mean_y / (mean_x + 1))  # not even a server that does nothing but compute costs more
-        return mean_y + slope * (num_columns - 1 - mean_x)
+        slope = min(slope, mean_y / mean_x)
+        return mean_y + slope * (num_columns - mean_x)
 
 
 @dataclass(slots=True)
@@ -131,13 +133,16 @@ class DraftLength:
     _credit_s: float = 0.0
     """What may be spent on drafts that do not promise to pay."""
     _num_since_plain: int = 0
+    _num_plain: int = 0
+    """Trips without drafts that were due, up to the last of ``_PLAIN_TRIP_EVERY``."""
 
     def choose(self, num_rows: int, offers: Sequence[Offer]) -> Choice:
         """Return what to draft for the next trip of a batch."""
         trip = self._trips.get(num_rows)
-        if trip is None or not trip.is_known or self._num_since_plain >= _PLAIN_TRIP_EVERY:
+        if trip is None or not trip.is_known or self._num_since_plain >= _PLAIN_TRIP_EVERY[self._num_plain]:
             return NO_DRAFTS
         plain_s = trip.duration_s(1)
+        column_s = trip.duration_s(2) - plain_s
         best, best_rate = NO_DRAFTS, MIN_GAIN / plain_s
         for index, offer in enumerate(offers):
             drafting_s = self._column_s(offer, num_rows)
@@ -146,22 +151,21 @@ class DraftLength:
             for num_drafts in range(1, min(offer.max_drafts, MAX_DRAFTS) + 1):
                 chance *= held
                 expected += chance
-                rate = expected / (trip.duration_s(num_drafts + 1) + num_drafts * drafting_s)
+                rate = expected / (plain_s + num_drafts * (column_s + drafting_s))
                 if rate > best_rate:
                     best, best_rate = Choice(index=index, num_drafts=num_drafts), rate
         if best is NO_DRAFTS:
-            return self._probe(num_rows, offers, trip)
+            return self._probe(num_rows, offers, column_s)
         return best
 
-    def _probe(self, num_rows: int, offers: Sequence[Offer], trip: TripCost) -> Choice:
+    def _probe(self, num_rows: int, offers: Sequence[Offer], column_s: float) -> Choice:
         """Try something that doesn't promise to pay, if it was saved for."""
         promising = [index for index, offer in enumerate(offers) if offer.max_drafts > 0]
         if not promising:
             return NO_DRAFTS
         index = max(promising, key=lambda index: self.chance(offers[index]))
         num_drafts = min(2, offers[index].max_drafts)
-        price_s = trip.duration_s(num_drafts + 1) - trip.duration_s(1)
-        price_s += num_drafts * self._column_s(offers[index], num_rows)
+        price_s = num_drafts * (column_s + self._column_s(offers[index], num_rows))
         if price_s > self._credit_s:
             return NO_DRAFTS
         self._credit_s -= price_s
@@ -188,6 +192,8 @@ class DraftLength:
         if num_drafts:
             self._num_since_plain += 1
         else:
+            if self._num_since_plain:
+                self._num_plain = min(self._num_plain + 1, len(_PLAIN_TRIP_EVERY) - 1)
             self._num_since_plain = 0
             self._credit_s = min(self._credit_s + PROBE_SHARE * duration_s, duration_s)
         for outcome in outcomes:
