@@ -52,6 +52,8 @@ class _AutoDistributed:
         config: PreTrainedConfig | None = None,
         allowed_quantization: str | Sequence[str] | None = None,
         allowed_dtypes: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
+        allowed_servers: str | Sequence[str] | None = None,
+        blocked_servers: str | Sequence[str] | None = None,
         options: ClientOptions | None = None,
         tuning_mode: str | None = None,
         pre_seq_len: int | None = None,
@@ -73,6 +75,8 @@ class _AutoDistributed:
             allowed_quantization: forms of weights that servers may run, ``["none", "int8"]`` for example; by default
                 any, and what is lossy is said.
             allowed_dtypes: what servers may compute in, ``["float32"]`` for example; by default anything.
+            allowed_servers: peer ids, or their first 8 or more characters, of the only servers to use; by default any.
+            blocked_servers: the same of servers never to use.
             options: time limits and the like.
             tuning_mode: ``"ptune"`` to train prompts before every row, ``"deep_ptune"`` at every block too.
             pre_seq_len: how many virtual tokens these prompts have; 16 by default.
@@ -110,10 +114,14 @@ class _AutoDistributed:
         )
         config = cls._configure(checkpoint, config, kwargs)
         options = options or ClientOptions.make(initial_peers=initial_peers, swarm_key_file=swarm_key_file)
-        if allowed_quantization is not None:
-            options = replace(options, allowed_quantization=as_choice(allowed_quantization))
-        if allowed_dtypes is not None:
-            options = replace(options, allowed_dtypes=as_choice(allowed_dtypes))
+        wishes: dict[str, Any] = {
+            "allowed_quantization": allowed_quantization,
+            "allowed_dtypes": allowed_dtypes,
+            "allowed_servers": allowed_servers,
+            "blocked_servers": blocked_servers,
+        }
+        wishes = {name: as_choice(wish) for name, wish in wishes.items() if wish is not None}
+        options = replace(options, **wishes)
         from petals_client.swarm_chain import SwarmChain
 
         if dtype is None:

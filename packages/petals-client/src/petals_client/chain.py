@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from petals_client.packing import PositionRuns
+    from petals_client.routing.explanation import Route
     from petals_client.trace import StepTrace
 
 
@@ -102,6 +103,13 @@ class Chain(Protocol):
 
         Raises:
             PetalsError: no chain could be opened.
+        """
+
+    def explain_route(self, start: int, end: int) -> Route:
+        """The chain that a new session on blocks ``start:end`` would use, what each edge costs, and why others lost.
+
+        Raises:
+            PetalsError: there is no chain.
         """
 
     def close(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -13,6 +14,10 @@ from petals_core.terminal import parse_connectable_addresses, run_app, stderr_co
 
 if TYPE_CHECKING:
     from petals_client.client import Client
+    from petals_client.options import ClientOptions
+    from petals_client.routing.explanation import Route
+
+_TIMES: Final = frozenset({"software", "compute", "penalty", "chance"})
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +40,16 @@ Temperature = Annotated[
 ]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this share.", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", show_default=False)]
+AllowedServers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-servers", help="Peer id of a server that may be used; may be repeated. [default: any]", metavar="ID"
+    ),
+]
+BlockedServers = Annotated[
+    list[str] | None,
+    typer.Option("--blocked-servers", help="Peer id of a server never to use; may be repeated.", metavar="ID"),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what happens, and tracebacks.")]
 
 
@@ -50,11 +65,14 @@ def generate(
     torch_dtype: TorchDtype = "auto",
     revision: Revision = None,
     swarm_key_file: SwarmKeyFile = None,
+    allowed_servers: AllowedServers = None,
+    blocked_servers: BlockedServers = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show at the end where the time went.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text and print it as it comes."""
-    client = _connect(model, initial_peers, swarm_key_file, torch_dtype, revision, verbose)
+    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
+    client = _connect(model, options, torch_dtype, revision, verbose)
     with client:
         from petals_client.client import generation_settings, seeded
         from petals_client.text import PieceStreamer
@@ -82,13 +100,16 @@ def chat(
     torch_dtype: TorchDtype = "auto",
     revision: Revision = None,
     swarm_key_file: SwarmKeyFile = None,
+    allowed_servers: AllowedServers = None,
+    blocked_servers: BlockedServers = None,
     verbose: Verbose = False,
 ) -> None:
     """Hold a conversation; the servers keep what was said, so that only new tokens travel."""
     from petals_client.client import generation_settings
 
     settings = generation_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    client = _connect(model, initial_peers, swarm_key_file, torch_dtype, revision, verbose)
+    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
+    client = _connect(model, options, torch_dtype, revision, verbose)
     console = stderr_console()
     with client:
         from petals_client.client import seeded
@@ -113,16 +134,17 @@ def status(
     initial_peers: InitialPeers,
     revision: Revision = None,
     swarm_key_file: SwarmKeyFile = None,
+    allowed_servers: AllowedServers = None,
+    blocked_servers: BlockedServers = None,
     verbose: Verbose = False,
 ) -> None:
     """Show a model's live servers and the chain that a client would use."""
+    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
     _set_up_logging(verbose)
-    from petals_client.options import ClientOptions
     from petals_client.status import read_status
     from petals_client.swarm_chain import SwarmChain
     from petals_core.models.checkpoint import Checkpoint
 
-    options = ClientOptions.make(initial_peers=_addresses(initial_peers), swarm_key_file=swarm_key_file)
     chain = SwarmChain.connect(Checkpoint.open(model, revision=revision), options)
     try:
         print(chain.run(read_status))
@@ -130,21 +152,57 @@ def status(
         chain.close()
 
 
+@app.command()
+def route(
+    model: Model,
+    initial_peers: InitialPeers,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    revision: Revision = None,
+    swarm_key_file: SwarmKeyFile = None,
+    allowed_servers: AllowedServers = None,
+    blocked_servers: BlockedServers = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show the chain that a session would use, what each of its edges costs, and why other servers lost."""
+    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
+    _set_up_logging(verbose)
+    from petals_client.swarm_chain import SwarmChain
+    from petals_core.models.checkpoint import Checkpoint
+
+    chain = SwarmChain.connect(Checkpoint.open(model, revision=revision), options)
+    try:
+        found = chain.explain_route(0, chain.num_blocks)
+    finally:
+        chain.close()
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        _print_route(found)
+
+
 def main() -> None:
     """Run the command line."""
     run_app(app)
 
 
-def _connect(
-    model: str,
+def _options(
     initial_peers: list[str],
     swarm_key_file: Path | None,
-    torch_dtype: str,
-    revision: str | None,
-    verbose: bool,
-) -> Client:
-    """Check what can be checked before anything heavy is imported, then connect."""
-    addresses = _addresses(initial_peers)
+    allowed_servers: list[str] | None,
+    blocked_servers: list[str] | None,
+) -> ClientOptions:
+    """Check what can be checked before anything heavy is imported."""
+    from petals_client.options import ClientOptions
+
+    return ClientOptions.make(
+        initial_peers=parse_connectable_addresses(initial_peers, option="--initial-peers"),
+        swarm_key_file=swarm_key_file,
+        allowed_servers=tuple(allowed_servers) if allowed_servers else None,
+        blocked_servers=tuple(blocked_servers or ()),
+    )
+
+
+def _connect(model: str, options: ClientOptions, torch_dtype: str, revision: str | None, verbose: bool) -> Client:
     if torch_dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise ConfigurationError(f"--torch-dtype {torch_dtype}: choose auto, float32, float16 or bfloat16")
     _set_up_logging(verbose)
@@ -152,15 +210,35 @@ def _connect(
 
     return connect(
         model,
-        initial_peers=addresses,
-        swarm_key_file=swarm_key_file,
+        initial_peers=options.initial_peers,
         dtype=None if torch_dtype == "auto" else torch_dtype,
         revision=revision,
+        options=options,
     )
 
 
-def _addresses(initial_peers: list[str]) -> tuple[Any, ...]:
-    return parse_connectable_addresses(initial_peers, option="--initial-peers")
+def _print_route(route: Route) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from petals_client.routing.explanation import ALTERNATIVE_COLUMNS, EDGE_COLUMNS
+
+    # Piped into a file a table keeps the width that it needs.
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 240
+    tables = [(EDGE_COLUMNS, route.edge_rows()), (ALTERNATIVE_COLUMNS, route.alternative_rows())]
+    console.print(f"{route.model_name}, blocks {route.start}:{route.end}: {1000 * route.total_s:.2f} ms a token")
+    for columns, rows in tables:
+        if not rows:
+            continue
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for column in columns:
+            table.add_column(column, justify="right" if "ms" in column or column in _TIMES else "left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
 
 
 def _set_up_logging(verbose: bool) -> None:

@@ -34,6 +34,8 @@ def connect(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    allowed_servers: str | Sequence[str] | None = None,
+    blocked_servers: str | Sequence[str] | None = None,
     options: ClientOptions | None = None,
 ) -> Client:
     """Load the client's part of a model and join its swarm.
@@ -51,6 +53,8 @@ def connect(
         revision=revision,
         token=token,
         cache_dir=cache_dir,
+        allowed_servers=allowed_servers,
+        blocked_servers=blocked_servers,
         options=options,
     )
     try:

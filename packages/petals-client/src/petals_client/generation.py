@@ -15,6 +15,7 @@ from torch import Tensor
 from petals_client.base_model import BLOCKS_ATTRIBUTE, Generation, current_generation, once_for_each, session_of
 from petals_client.inference_session import DRAFT_COLUMNS, InferenceSession
 from petals_client.remote_sequential import RemoteSequential
+from petals_client.routing.explanation import Route
 from petals_client.speculation.candidates import CandidateDrafter
 from petals_client.speculation.decoding import decode
 from petals_client.speculation.draft_length import MAX_DRAFTS, DraftLength
@@ -66,6 +67,18 @@ class DistributedModel(TunableModel):
     def use_session(self, session: InferenceSession) -> Any:
         """Context manager: let the calls inside use a session that was opened before."""
         return self.remote_blocks.use_session(session)
+
+    def explain_route(self) -> Route:
+        """The chain of servers that a new session would use now, what each edge costs, and why other servers lost.
+
+        ``print`` it, or take it apart: ``edges``, ``alternatives``, ``total_s``.
+
+        Raises:
+            MissingBlocksError: some blocks are held by no live server.
+            NoPeersError: no peer of the swarm answers.
+        """
+        blocks = self.remote_blocks
+        return blocks.chain.explain_route(blocks.start, blocks.end)
 
     def close(self) -> None:
         """Let go of all connections; the model can't be used afterwards."""

@@ -151,6 +151,10 @@ class SwarmChain:
 
         return SwarmChainSession(self._thread, self._thread.run(run()), self.options)
 
+    def explain_route(self, start: int, end: int) -> Route:
+        """See ``Chain.explain_route``."""
+        return self.run(lambda swarm: swarm.explain_route(start, end))
+
     def close(self) -> None:
         """Close all connections and end the thread; idempotent."""
         swarm, self._swarm = self._swarm, None
@@ -163,15 +167,6 @@ class SwarmChain:
             self._thread.close()
 
     # --- for status ---------------------------------------------------------------------------------------------------
-
-    def explain_route(self, start: int, end: int, *, cache_tokens: int = 0) -> Route:
-        """The chain that a new session would use now, the cost of each of its edges, and why others lost.
-
-        Raises:
-            MissingBlocksError: some blocks are held by no live server.
-            NoPeersError: no peer of the swarm answers.
-        """
-        return self.run(lambda swarm: swarm.explain_route(start, end, cache_tokens=cache_tokens))
 
     async def _refresh(self) -> None:
         swarm = await self._ensure_swarm()

@@ -7,10 +7,11 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from petals_core.announcement import Announcement, SignedAnnouncement
-from petals_core.errors import PetalsError
+from petals_core.errors import InvalidAnnouncementError, PetalsError
 from petals_core.identity import Identity
 from petals_core.net.tasks import BackgroundTasks
 from petals_dht.directory import Directory
@@ -62,9 +63,19 @@ class Announcer:
     async def announce(self) -> None:
         """Announce now; raises ``NoPeersError`` if no node of the swarm keeps it."""
         now_s = self._clock()
-        signed = SignedAnnouncement.sign(self._describe(now_s, now_s + self._lifetime_s), self._identity)
+        signed = self._sign(self._describe(now_s, now_s + self._lifetime_s))
         self._last = signed
         await self._directory.announce(signed)
+
+    def _sign(self, announcement: Announcement) -> SignedAnnouncement:
+        """Sign, with as many of the delays to others as there is room for."""
+        while True:
+            try:
+                return SignedAnnouncement.sign(announcement, self._identity)
+            except InvalidAnnouncementError:
+                if not announcement.next_delays:
+                    raise
+                announcement = replace(announcement, next_delays=announcement.next_delays[:-1])
 
     async def stop(self) -> None:
         """Stop announcing and take back what was announced, as far as the swarm can be reached."""

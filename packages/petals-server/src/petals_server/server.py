@@ -23,6 +23,7 @@ from petals_server import reachability
 from petals_server.announcer import Announcer
 from petals_server.config import ServerConfig
 from petals_server.engine import Engine
+from petals_server.neighbours import Neighbours
 from petals_server.placement import choose_span, count_coverage
 from petals_server.sessions import SessionTable
 
@@ -56,6 +57,7 @@ class Server:
         self._identity: Identity
         self._engine: Engine
         self._announcer: Announcer | None = None
+        self._neighbours: Neighbours | None = None
         self._requests: RequestHandler | None = None
 
     @classmethod
@@ -174,7 +176,17 @@ class Server:
             rng=random.Random(),
         )
         self._resources.push_async_callback(self._announcer.stop)
+        self._neighbours = Neighbours(
+            lambda: self._directory.find_servers(model.fingerprint),
+            identity=self._identity,
+            swarm_key=config.swarm_key,
+            start=start,
+            end=end,
+            rng=random.Random(),
+        )
+        self._resources.push_async_callback(self._neighbours.close)
         await self._announcer.start()
+        self._neighbours.start(self._announcer.announce)
 
     async def _join(self, host: str | None) -> None:
         """Open the ports, join the directory, and see that others can connect."""
@@ -295,6 +307,7 @@ class Server:
             load=float(self._engine.num_queued),
             version=info.version,
             public_name=info.public_name,
+            next_delays=() if self._neighbours is None else self._neighbours.delays,
         )
 
 

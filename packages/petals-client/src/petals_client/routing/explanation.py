@@ -15,6 +15,10 @@ _MUCH: Final = 1.2
 """How many times as slow or as far a server is whose speed or distance is given as the reason."""
 
 
+EDGE_COLUMNS: Final = ("to", "blocks", "delay ms", "which is", "software", "compute", "penalty", "chance", "sum ms")
+ALTERNATIVE_COLUMNS: Final = ("server", "blocks", "ms more", "why not")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What is known of a server besides its cost."""
@@ -89,6 +93,35 @@ class Route:
         return tuple(
             Hop(peer_id=edge.target, start=edge.start, end=edge.end) for edge in self.edges if edge.target is not None
         )
+
+    def edge_rows(self) -> list[tuple[str, ...]]:
+        """The cells of a table of the edges, under ``EDGE_COLUMNS``; times in milliseconds."""
+        rows = []
+        for edge in self.edges:
+            who = "client" if edge.target is None else _name(edge.target, edge.public_name)
+            blocks = "" if edge.target is None else f"{edge.start}:{edge.end}"
+            rest = (edge.software_s, edge.compute_s, edge.penalty_s + edge.cache_s, edge.chance_s, edge.total_s)
+            rows.append((who, blocks, _milliseconds(edge.delay_s), edge.delay_is, *map(_milliseconds, rest)))
+        return rows
+
+    def alternative_rows(self) -> list[tuple[str, ...]]:
+        """The cells of a table of the servers that are not used, under ``ALTERNATIVE_COLUMNS``."""
+        return [
+            (
+                _name(each.peer_id, each.public_name),
+                f"{each.start}:{each.end}",
+                "" if each.extra_s is None else f"+{_milliseconds(each.extra_s)}",
+                each.reason,
+            )
+            for each in self.alternatives
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_name}, blocks {self.start}:{self.end}: {_milliseconds(self.total_s)} ms a token"]
+        lines += _align([EDGE_COLUMNS, *self.edge_rows()])
+        if self.alternatives:
+            lines += ["not used:", *_align([ALTERNATIVE_COLUMNS, *self.alternative_rows()])]
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -247,3 +280,16 @@ def _reason(
     ):
         return "its span does not fit: another visit would be needed"
     return "the delays to its neighbours in a chain are longer"
+
+
+def _name(peer_id: PeerId, public_name: str) -> str:
+    return f"{peer_id.short} {public_name}" if public_name else peer_id.short
+
+
+def _milliseconds(duration_s: float) -> str:
+    return f"{1000 * duration_s:.2f}"
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -1,0 +1,138 @@
+"""How far it is from this server to those that are likely to come next in a chain.
+
+Belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Final
+
+from petals_core.announcement import SignedAnnouncement
+from petals_core.errors import PetalsError
+from petals_core.identity import Identity, PeerId
+from petals_core.limits import MAX_NEXT_DELAYS
+from petals_core.net.dialer import Dialer
+from petals_core.net.tasks import BackgroundTasks
+from petals_core.swarm_key import SwarmKey
+
+log = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S: Final = 40.0
+"""Between two looks at who is there."""
+MEASURE_INTERVAL_S: Final = 300.0
+"""Age at which a delay is measured again."""
+MAX_MEASURED: Final = 8
+"""Servers that are measured at one look."""
+MAX_KNOWN: Final = 64
+"""Servers whose delays are remembered."""
+_TIMEOUT_S: Final = 3.0
+_JITTER: Final = 0.2
+
+
+class Neighbours:
+    """Measures one-way delays to servers that hold the block behind this server's last one.
+
+    ``delays`` are the shortest, for the announcement: half of the round trip that a connection's hello took.
+    """
+
+    def __init__(
+        self,
+        find_servers: Callable[[], Awaitable[Iterable[SignedAnnouncement]]],
+        *,
+        identity: Identity,
+        swarm_key: SwarmKey | None,
+        start: int,
+        end: int,
+        rng: random.Random,
+    ) -> None:
+        self.delays: tuple[tuple[bytes, float], ...] = ()
+        """(digest of a peer id, seconds), as announcements have them."""
+        self._find_servers = find_servers
+        self._identity = identity
+        self._swarm_key = swarm_key
+        self._start = start
+        self._end = end
+        self._rng = rng
+        self._measured: dict[PeerId, tuple[float, float]] = {}
+        """Delay and when it was measured."""
+        self._tasks = BackgroundTasks()
+
+    def start(self, on_first: Callable[[], Awaitable[None]]) -> None:
+        """Look and measure in the background; ``on_first`` is called when there are delays for the first time."""
+        self._tasks.start(self._measure_regularly(on_first), name="petals neighbours")
+
+    async def close(self) -> None:
+        """Measure no more."""
+        await self._tasks.close()
+
+    async def measure(self) -> None:
+        """Look who is there and measure those that were not measured for a while."""
+        servers = list(await self._find_servers())
+        candidates = choose_likely(servers, self._start, self._end, own=self._identity.peer_id)
+        present = {signed.peer_id for signed in candidates}
+        for peer_id in self._measured.keys() - present:
+            del self._measured[peer_id]
+        now_s = asyncio.get_running_loop().time()
+        due = [
+            signed
+            for signed in candidates
+            if (known := self._measured.get(signed.peer_id)) is None or now_s >= known[1] + MEASURE_INTERVAL_S
+        ]
+        self._rng.shuffle(due)
+        due.sort(key=lambda signed: signed.peer_id in self._measured)  # those never measured first
+        if due:
+            await self._measure(due[:MAX_MEASURED])
+        while len(self._measured) > MAX_KNOWN:
+            del self._measured[max(self._measured, key=lambda peer_id: self._measured[peer_id][0])]
+        shortest = sorted((delay_s, peer_id) for peer_id, (delay_s, _) in self._measured.items())
+        self.delays = tuple((peer_id.digest, delay_s) for delay_s, peer_id in shortest[:MAX_NEXT_DELAYS])
+
+    async def _measure(self, servers: Sequence[SignedAnnouncement]) -> None:
+        dialer = Dialer(identity=self._identity, swarm_key=self._swarm_key, connect_timeout_s=_TIMEOUT_S)
+
+        async def meet(signed: SignedAnnouncement) -> None:
+            peer_id = signed.peer_id
+            try:
+                connection = await dialer.connect(signed.announcement.addresses, peer_id=peer_id)
+            except PetalsError as error:
+                self._measured.pop(peer_id, None)
+                log.debug("the delay to %s could not be measured: %s", peer_id.short, error.message)
+            else:
+                now_s = asyncio.get_running_loop().time()
+                self._measured[peer_id] = (min(connection.rtt_s / 2, _TIMEOUT_S), now_s)
+
+        try:
+            for signed in servers:  # one after another: handshakes that compete would measure each other
+                await meet(signed)
+        finally:
+            await dialer.close()
+
+    async def _measure_regularly(self, on_first: Callable[[], Awaitable[None]]) -> None:
+        was_told = False
+        while True:
+            try:
+                await self.measure()
+                if self.delays and not was_told:
+                    was_told = True
+                    await on_first()
+            except PetalsError as error:
+                log.debug("neighbours could not be measured: %s", error.message)
+            await asyncio.sleep(LOOK_INTERVAL_S * self._rng.uniform(1 - _JITTER, 1 + _JITTER))
+
+
+def choose_likely(
+    servers: Iterable[SignedAnnouncement], start: int, end: int, *, own: PeerId
+) -> list[SignedAnnouncement]:
+    """Servers that may come behind one with blocks ``start:end`` in a chain, and take it further."""
+    return [
+        signed
+        for signed in servers
+        if signed.peer_id != own
+        and signed.announcement.state == "online"
+        and signed.announcement.addresses
+        and start < signed.announcement.start <= end < signed.announcement.end
+    ]
