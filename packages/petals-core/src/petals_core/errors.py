@@ -157,6 +157,19 @@ class GraphExpiredError(PetalsError):
     disposition = Disposition.RETRY_SAME
 
 
+class MissingAdapterError(PetalsError):
+    """The server, or no server, has the adapter that was asked for."""
+
+    code = "missing_adapter"
+
+
+class TuningExpiredError(PetalsError):
+    """The server does not hold these values of the client's adapter (any more): they must be sent again."""
+
+    code = "tuning_expired"
+    disposition = Disposition.RETRY_SAME
+
+
 # --- the directory ----------------------------------------------------------------------------------------------------
 
 

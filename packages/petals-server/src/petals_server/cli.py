@@ -92,6 +92,14 @@ def serve(
             "--quantization", metavar="FORM", help="none, int8, nf4, or auto: nf4 on a GPU and none on a CPU; lossy."
         ),
     ] = "none",
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapters",
+            metavar="[NAME=]PATH",
+            help="LoRA adapters (PEFT's folders or hub names) that clients may choose; may be repeated.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint: it can do anything.")
     ] = False,
@@ -159,6 +167,7 @@ def serve(
         torch_dtype=torch_dtype,
         quantization=quantization,
         trust_remote_code=trust_remote_code,
+        adapters=tuple(adapters or ()),
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -289,11 +298,11 @@ def _looks_like_path(model: str) -> bool:
 def normalize_arguments(arguments: Sequence[str]) -> list[str]:
     """Accept options as earlier versions of Petals spelled them.
 
-    Underscores in names of options count as hyphens, some options have other names now, and ``--initial_peers`` may be
-    followed by several addresses.
+    Underscores in names of options count as hyphens, some options have other names now, and ``--initial_peers`` and
+    ``--adapters`` may be followed by several values.
     """
     result: list[str] = []
-    takes_peers = False
+    takes_peers = takes_adapters = False
     for position, argument in enumerate(arguments):
         if argument == "--":
             return result + list(arguments[position:])
@@ -303,12 +312,16 @@ def normalize_arguments(arguments: Sequence[str]) -> list[str]:
             name = _EARLIER_NAMES.get(name, name)
             result.append(name + separator + value)
             takes_peers = name == "--initial-peers"
+            takes_adapters = name == "--adapters"
             is_first = not separator
         elif takes_peers and (is_first or _is_address(argument)):
             result += [argument] if is_first else ["--initial-peers", argument]
             is_first = False
+        elif takes_adapters and not argument.startswith("-"):
+            result += [argument] if is_first else ["--adapters", argument]
+            is_first = False
         else:
-            takes_peers = False
+            takes_peers = takes_adapters = False
             result.append(argument)
     return result
 

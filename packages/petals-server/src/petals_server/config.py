@@ -36,6 +36,11 @@ class ServerLimits:
     much for itself."""
     max_graph_s: float = 120.0
     """How long a graph waits for its backward."""
+    max_tuning_session_bytes: int = 64 << 20
+    """Memory of the matrices that one tuning session holds."""
+    max_tuning_bytes: int = 256 << 20
+    """The same for all clients together."""
+    max_tuning_sessions_per_peer: int = 4
     retry_after_s: float = 2.0
     """What a client that is refused for want of room is told to wait."""
 
@@ -66,6 +71,8 @@ class ServerConfig:
     torch_dtype: str = "auto"
     quantization: str = "none"
     """What to make of the weights while they are loaded; ``auto`` is nf4 on a GPU and none on a CPU."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters for clients to choose from: folders or names on the hub, or ``NAME=`` one of these."""
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None

@@ -1,8 +1,10 @@
 """One batch of rows through a span with a graph: deep prompts, what the graph keeps alive, and computing without it.
 
-Weights are frozen: gradients are those of the hidden states that go in and of the prompts.
+Weights are frozen: gradients are those of the hidden states that go in, of the prompts, and of low-rank matrices that a
+client has sent.
 
-Letters: R rows, T tokens of all rows together, N columns of a batch, B blocks, P prompt tokens of a row, H hidden size.
+Letters: R rows, T tokens of all rows together, N columns of a batch, B blocks, P prompt tokens of a row, H hidden size,
+V values of low-rank matrices.
 """
 
 # ruff: noqa: N803, N806, N815 -- tensors are named by their shape
@@ -10,9 +12,10 @@ Letters: R rows, T tokens of all rows together, N columns of a batch, B blocks, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,18 +28,29 @@ from petals_server.deep_prompts import prompted
 from petals_server.execution import as_mask, default_positions
 
 
+class Gradients(NamedTuple):
+    """Those of a chunk's inputs; None for what it was not given."""
+
+    hidden_TH: torch.Tensor
+    prompts_BRPH: torch.Tensor | None
+    values_V: torch.Tensor | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkGraph:
     """A chunk's inputs, and its output with the graph that leads there."""
 
     hidden_TH: torch.Tensor
     prompts_BRPH: torch.Tensor | None
+    values_V: torch.Tensor | None
     output_TH: torch.Tensor
 
-    def differentiate(self, gradient_TH: torch.Tensor) -> list[torch.Tensor]:
+    def differentiate(self, gradient_TH: torch.Tensor) -> Gradients:
         """Gradients of the inputs; frees the graph."""
-        inputs = [self.hidden_TH] if self.prompts_BRPH is None else [self.hidden_TH, self.prompts_BRPH]
-        return list(torch.autograd.grad(self.output_TH, inputs, gradient_TH))
+        optional = (self.prompts_BRPH, self.values_V)
+        inputs = [self.hidden_TH, *(each for each in optional if each is not None)]
+        found = iter(torch.autograd.grad(self.output_TH, inputs, gradient_TH))
+        return Gradients(next(found), *(None if each is None else next(found) for each in optional))
 
 
 def compute_rows(
@@ -99,9 +113,11 @@ class GraphMeter(torch.autograd.graph.saved_tensors_hooks):
         OverBudgetError: ``grow`` refused some bytes; raised in the midst of the forward.
     """
 
-    def __init__(self, span: Span, grow: Callable[[int], bool]) -> None:
+    def __init__(self, span: Span, grow: Callable[[int], bool], *, others_own: Iterable[torch.Tensor] = ()) -> None:
+        """``others_own``: what is in memory anyway, like the span's weights."""
         self._grow = grow
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in span.model.state_dict().values()}
+        weights = [*span.model.state_dict().values(), *others_own]
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in weights}
         super().__init__(self.count, _same)
 
     def count(self, tensor: torch.Tensor) -> torch.Tensor:

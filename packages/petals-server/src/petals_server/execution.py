@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span
 from petals_core.tensors.codec import Compression, Encoding, TensorSpec, decode, encode
+from petals_server.adapters import adapted
 from petals_server.columns import (
     Chunk,
     ColumnLedger,
@@ -56,8 +58,18 @@ class EncodedStates:
 class SessionState:
     """A session's cache and its ledger. Only the device's thread touches them while a step is under way."""
 
-    def __init__(self, span: Span, *, num_rows: int, max_length: int, prompts: SessionPrompts | None = None) -> None:
+    def __init__(
+        self,
+        span: Span,
+        *,
+        num_rows: int,
+        max_length: int,
+        prompts: SessionPrompts | None = None,
+        adapters: Sequence[Adapter] = (),
+    ) -> None:
         self.span = span
+        self.adapters = adapters
+        """What changes the span's layers for this session."""
         self.max_length = max_length
         self.prompts = prompts
         self.ledger = ColumnLedger(num_rows)
@@ -123,7 +135,10 @@ class SessionState:
         has_mask = ledger.has_pads or positions_RN is not None
         if has_mask and positions_RN is None:
             positions_RN = default_positions(row_tokens, row_lengths).to(hidden_RNH.device)
-        with nullcontext() if self.prompts is None else self.prompts.added(row_tokens, row_lengths):
+        with (
+            nullcontext() if self.prompts is None else self.prompts.added(row_tokens, row_lengths),
+            adapted(self.span, [(adapter, None) for adapter in self.adapters]),
+        ):
             output_RNH = self.span(
                 hidden_RNH,
                 attention_mask=as_mask(ledger.valid(), hidden_RNH.device) if has_mask else None,

@@ -31,6 +31,7 @@ from petals_core.wire.messages import (
     InfoRequest,
     Message,
     OpenSession,
+    OpenTuning,
     SessionOpened,
     Step,
     StepResult,
@@ -42,7 +43,7 @@ from petals_server.loading import ServedModel
 from petals_server.positions import check_positions
 from petals_server.scheduling import Urgency
 from petals_server.sessions import SessionTable
-from petals_server.training_requests import TrainingRequests, read_session_prompts
+from petals_server.training_requests import TrainingRequests, is_for_training, read_session_prompts
 
 _FIRST_MESSAGE_TIMEOUT_S: Final = 30.0
 _MAX_SPANS: Final = 16
@@ -93,7 +94,7 @@ class RequestHandler:
         if isinstance(request, InfoRequest):
             await stream.send(self.info(), end=True)
             return
-        if not isinstance(request, (OpenSession, Forward, Backward)):
+        if not isinstance(request, (OpenSession, Forward, Backward, OpenTuning)):
             raise InvalidRequestError(f"a stream can't begin with {type(request).__name__}: open a session first")
         if self.state != "online":
             raise DrainingError("the server is about to stop and takes no new work")
@@ -103,7 +104,10 @@ class RequestHandler:
                 await self._serve_session(stream, request, message)
             elif isinstance(request, Backward):
                 await self._serve_backward(stream, request, message)
-            elif request.graph_id is not None or len(request.tensors) > 1:
+            elif isinstance(request, OpenTuning):
+                span = await self._find_span(request.fingerprint, request.start, request.end)
+                await self.training.sessions.serve(stream, request, message, span)
+            elif is_for_training(request):
                 await self._serve_training_forward(stream, request, message)
             else:
                 await self._serve_forward(stream, request, message)
@@ -139,6 +143,7 @@ class RequestHandler:
                 num_rows=request.num_rows,
                 max_length=request.max_length,
                 prompts=read_session_prompts(request, message, span),
+                adapters=self.training.find_session_adapters(stream.peer_id, request, span),
             )
             await stream.send(SessionOpened(cache_tokens_left=self.sessions.cache_tokens_left))
             while True:

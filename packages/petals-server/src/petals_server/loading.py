@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,8 +17,10 @@ from petals_core.errors import ConfigurationError
 from petals_core.models import transformers_quantization as quantizers
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.hashes import ProgressCallback
+from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span, block_count, check_device, find_architecture, load_span
 from petals_server import memory, threads
+from petals_server.adapters import load_adapters
 from petals_server.config import ServerConfig
 from petals_server.positions import find_max_positions
 
@@ -63,6 +66,8 @@ class ServedModel:
     """Tokens, pads included, that are computed in one go."""
     max_scores: int
     """Pairs of a token and one that it attends to, that are computed in one go: they may all be in memory at once."""
+    adapters: Mapping[str, Adapter]
+    """By the names by which clients choose them."""
     max_positions: int | None
     """Position ids that the model can look up; None: any."""
 
@@ -137,6 +142,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         )
         if span.quantization == "int8" and opened.device.type == "cpu":
             log.warning("int8 is slow on a CPU: nf4 takes less memory and time")
+    adapters = load_adapters(span, config)
     plan = threads.measure(span, num_threads=config.num_threads)
     free = memory.free_bytes(opened.device)
     cache_cost = memory.measure_cache_cost(span)
@@ -153,6 +159,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         threads=plan,
         max_scores=memory.choose_max_scores(span, free),
         max_turn_tokens=_MAX_TURN_TOKENS.get(opened.device.type, _MAX_TURN_TOKENS_ELSEWHERE),
+        adapters=adapters,
         max_positions=find_max_positions(span),
     )
 

@@ -304,6 +304,7 @@ class Server:
             inference_tokens_per_s=threads.decode_tokens_per_s,
             forward_tokens_per_s=threads.bulk_tokens_per_s,
             cache_tokens_left=info.cache_tokens_left,
+            adapters=tuple(self.model.adapters),
             load=float(self._engine.num_queued),
             version=info.version,
             public_name=info.public_name,

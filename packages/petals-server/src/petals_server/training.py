@@ -1,6 +1,7 @@
 """Forward passes with deep prompts or for a later backward, and backward passes.
 
-Letters: R rows, T tokens of all rows together, N columns of a chunk, B blocks, P prompt tokens of a row, H hidden size.
+Letters: R rows, T tokens of all rows together, N columns of a chunk, B blocks, P prompt tokens of a row, H hidden size,
+V values of low-rank matrices.
 """
 
 # ruff: noqa: N806 -- tensors are named by their shape
@@ -8,6 +9,7 @@ Letters: R rows, T tokens of all rows together, N columns of a chunk, B blocks, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import final
 
@@ -15,8 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span
 from petals_core.tensors.codec import Compression, Encoding, TensorSpec, encode
+from petals_server.adapters import Part, adapted
 from petals_server.columns import Chunk, PositionRuns, expand_positions, split_rows
 from petals_server.deep_prompts import EncodedTensor
 from petals_server.differentiation import ChunkGraph, GraphMeter, OverBudgetError, checkpointed, compute_rows
@@ -25,6 +29,7 @@ from petals_server.execution import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.scheduling import Urgency
 from petals_server.threads import ThreadPlan
+from petals_server.tuning_sessions import TuningValues
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,10 @@ class TrainingRequest:
     """[B, 1 or R, P, H]"""
     gradient: EncodedTensor | None = None
     """With respect to what comes out of the last block [T, H]; None in a forward."""
+    adapter: Adapter | None = None
+    """A loaded one."""
+    tuning: TuningValues | None = None
+    """The client's own, whose gradient it wants."""
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -61,6 +70,9 @@ class _TrainingWork(Work[tuple[EncodedStates, ...]]):
         self.hidden_TH: torch.Tensor | None = None
         self.prompts_BRPH: torch.Tensor | None = None
         self.positions_T: NDArray[np.int64] | None = None
+        tuning = request.tuning
+        self._values_V = None if tuning is None else tuning.values_V.detach().requires_grad_()
+        self._tuned = None if tuning is None or self._values_V is None else tuning.layout.split(self._values_V)
 
     def decode_inputs(self) -> None:
         """Decode the payloads; raises ``ProtocolError``."""
@@ -95,10 +107,25 @@ class _TrainingWork(Work[tuple[EncodedStates, ...]]):
         if with_graph:
             hidden_TH = hidden_TH.detach().requires_grad_()
             prompts_BRPH = None if prompts_BRPH is None else prompts_BRPH.detach().requires_grad_()
+        values_V = self._values_V
         positions_T = None if self.positions_T is None else self.positions_T[self.tokens(chunk)]
-        with torch.set_grad_enabled(with_graph):
+        with torch.set_grad_enabled(with_graph), self.changed():
             output_TH = compute_rows(self.span, chunk.row_tokens, hidden_TH, prompts_BRPH, positions_T)
-        return ChunkGraph(hidden_TH=hidden_TH, prompts_BRPH=prompts_BRPH, output_TH=output_TH)
+        return ChunkGraph(hidden_TH=hidden_TH, prompts_BRPH=prompts_BRPH, values_V=values_V, output_TH=output_TH)
+
+    def changed(self) -> AbstractContextManager[None]:
+        """The span as the request's adapters change it. Also around what computes blocks again."""
+        parts: list[Part] = []
+        if self.request.adapter is not None:
+            parts.append((self.request.adapter, None))
+        if self._tuned is not None:
+            parts.append((self._tuned, None))
+        return adapted(self.span, parts)
+
+    @property
+    def others_own(self) -> list[torch.Tensor]:
+        """What the request uses and is in memory anyway."""
+        return [] if self.request.adapter is None else list(self.request.adapter.tensors)
 
 
 @final
@@ -122,7 +149,7 @@ class TrainingForwardWork(_TrainingWork):
         self._store = store
         self._meter: GraphMeter | None = None
         if graph is not None:
-            self._meter = GraphMeter(span, lambda num_bytes: store.grow(graph, num_bytes))
+            self._meter = GraphMeter(span, lambda num_bytes: store.grow(graph, num_bytes), others_own=self.others_own)
         self._parts: list[ChunkGraph] = []
         self._outputs: list[torch.Tensor] = []
 
@@ -152,6 +179,7 @@ class TrainingForwardWork(_TrainingWork):
                 end=self.span.end,
                 row_tokens=self.request.row_tokens,
                 is_prompt_shared=self.is_prompt_shared,
+                values_dtype=None if self.request.tuning is None else self.request.tuning.dtype,
                 parts=tuple(self._parts),
             )
         return True
@@ -178,6 +206,8 @@ class KeptGraph:
     end: int
     row_tokens: tuple[int, ...]
     is_prompt_shared: bool
+    values_dtype: torch.dtype | None
+    """What the gradient of the client's matrices is to be in; None: there are none."""
     parts: tuple[ChunkGraph, ...]
 
     def is_of(self, span: Span, row_tokens: Sequence[int]) -> bool:
@@ -210,6 +240,10 @@ class BackwardWork(_TrainingWork):
         self._gradient_TH: torch.Tensor
         self._gradients: list[torch.Tensor] = []
         self._prompt_gradients: list[torch.Tensor] = []
+        self._values_gradient_V: torch.Tensor | None = None
+        self._values_dtype = None if request.tuning is None else request.tuning.dtype
+        if graph is not None:
+            self._values_dtype = graph.values_dtype
 
     def advance(self) -> bool:
         self.threads.apply(self.urgency)
@@ -219,9 +253,14 @@ class BackwardWork(_TrainingWork):
             self._gradient_TH = self.request.gradient.decode(self.span)
         chunk = self.chunks[self.num_done]
         part = self._forward(chunk) if self._graph is None else self._graph.parts[self.num_done]
-        gradient_TH, *of_prompts = part.differentiate(self._gradient_TH[self.tokens(chunk)])
-        self._gradients.append(gradient_TH)
-        self._prompt_gradients.extend(of_prompts)
+        with self.changed():  # a checkpointed chunk computes its blocks again
+            gradients = part.differentiate(self._gradient_TH[self.tokens(chunk)])
+        self._gradients.append(gradients.hidden_TH)
+        if gradients.prompts_BRPH is not None:
+            self._prompt_gradients.append(gradients.prompts_BRPH)
+        if (of_values_V := gradients.values_V) is not None:
+            before_V = self._values_gradient_V
+            self._values_gradient_V = of_values_V if before_V is None else before_V + of_values_V
         self.num_done += 1
         if self.num_done < len(self.chunks):
             return False
@@ -237,7 +276,7 @@ class BackwardWork(_TrainingWork):
             return num_bytes <= self._max_graph_bytes
 
         try:
-            with GraphMeter(self.span, grow):
+            with GraphMeter(self.span, grow, others_own=self.others_own):
                 return self.run(chunk, with_graph=True)
         except OverBudgetError:
             with checkpointed(self.span):
@@ -254,6 +293,10 @@ class BackwardWork(_TrainingWork):
                 else torch.cat(self._prompt_gradients, dim=1)
             )
             results.append(encode_like(of_prompts, like))
+        if self._values_gradient_V is not None:
+            # Exactly, however other gradients travel: one row has no scales of its own to be rounded by.
+            spec, buffers = encode(self._values_gradient_V.to(self._values_dtype))
+            results.append(EncodedStates(spec=spec, buffers=buffers))
         return tuple(results)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from petals_core.announcement import DTYPES
 from petals_core.errors import GraphExpiredError, InvalidRequestError, ProtocolError
 from petals_core.identity import PeerId
+from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span
 from petals_core.tensors.codec import TensorSpec
 from petals_core.wire.messages import Backward, Forward, Message, OpenSession
+from petals_server.adapters import find_adapter
 from petals_server.config import ServerLimits
 from petals_server.deep_prompts import EncodedTensor, SessionPrompts
 from petals_server.engine import Engine
@@ -19,12 +22,15 @@ from petals_server.execution import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.loading import ServedModel
 from petals_server.training import BackwardWork, KeptGraph, TrainingForwardWork, TrainingRequest
+from petals_server.tuning_sessions import TuningSessions
 
 
 class TrainingRequests:
     """Computes what clients ask for while they train. Belongs to one event loop."""
 
     def __init__(self, *, model: ServedModel, engine: Engine, limits: ServerLimits, max_turn_tokens: int) -> None:
+        self.sessions = TuningSessions(engine=engine, limits=limits)
+        """Matrices that clients train."""
         self.graphs = GraphStore(budget_bytes=limits.max_graph_bytes, lifetime_s=limits.max_graph_s)
         self._model = model
         self._engine = engine
@@ -40,7 +46,7 @@ class TrainingRequests:
         Raises:
             PetalsError: the request is at fault, or can't be served.
         """
-        checked = check_forward(request, message, span)
+        checked = self._with_adapters(peer_id, request, check_forward(request, message, span), span)
         graph = None if request.graph_id is None else Graph(peer_id=peer_id)
         work = TrainingForwardWork(
             span,
@@ -79,7 +85,7 @@ class TrainingRequests:
             if graph is None:
                 raise GraphExpiredError("the graph of this forward is gone: send the inputs along")
         else:
-            checked = check_backward(request, message, span)
+            checked = self._with_adapters(peer_id, request, check_backward(request, message, span), span)
         try:
             kept = None if graph is None else graph.content
             assert kept is None or isinstance(kept, KeptGraph)
@@ -100,6 +106,30 @@ class TrainingRequests:
             if graph is not None:
                 self.graphs.drop(graph)
 
+    def _with_adapters(
+        self, peer_id: PeerId, request: Forward | Backward, checked: TrainingRequest, span: Span
+    ) -> TrainingRequest:
+        """What changes the blocks; raises if the server does not have it."""
+        adapter, tuning = request.active_adapter, request.tuning
+        return replace(
+            checked,
+            adapter=None if adapter is None else find_adapter(self._model.adapters, adapter),
+            tuning=None if tuning is None else self.sessions.find(peer_id, tuning, span),
+        )
+
+    def find_session_adapters(self, peer_id: PeerId, request: OpenSession, span: Span) -> tuple[Adapter, ...]:
+        """What changes the blocks for a session, as it is now.
+
+        Raises:
+            MissingAdapterError, TuningExpiredError: the server does not have it.
+        """
+        adapters: list[Adapter] = []
+        if request.active_adapter is not None:
+            adapters.append(find_adapter(self._model.adapters, request.active_adapter))
+        if request.tuning is not None:
+            adapters.append(self.sessions.find(peer_id, request.tuning, span).adapter)
+        return tuple(adapters)
+
     def _schedule_sweep(self, delay_s: float) -> None:
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(delay_s, self._drop_expired)
@@ -115,6 +145,16 @@ class TrainingRequests:
         """Forget the time of the next sweep."""
         if self._sweep is not None:
             self._sweep.cancel()
+
+
+def is_for_training(request: Forward) -> bool:
+    """Whether a forward is more than whole rows through the model as it is."""
+    return (
+        len(request.tensors) > 1
+        or request.graph_id is not None
+        or request.active_adapter is not None
+        or request.tuning is not None
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from petals_core.models import transformers_caches as caches
 from petals_core.models import transformers_internals as internals
 from petals_core.models import transformers_quantization as quantizers
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
+from petals_core.models.low_rank import LayerShapes, linear_layers
 from petals_core.models.memory import release_memory
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Architecture:
     """Attributes of the base model by which it multiplies hidden states before the first block (granite)."""
     is_recurrent: bool
     """Whether some blocks keep a state of fixed size, which can't be cut back to fewer tokens."""
+    block_layers: tuple[LayerShapes, ...]
+    """Each block's linear layers, which adapters may change."""
     has_attention_interface: bool
     """Whether attention goes through Transformers' ``AttentionInterface`` and can be replaced."""
 
@@ -91,6 +94,7 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
     block_class = type(blocks[0])
     block_parameters = tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks)
     block_linear_parameters = tuple(quantizers.count_linear_parameters(block) for block in blocks)
+    block_layers = tuple(linear_layers(block) for block in blocks)
     internals.neutralize(model, block_path)
     surroundings = internals.find_surroundings(model, block_path, int(config.hidden_size))
     return Architecture(
@@ -104,6 +108,7 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
         blocks_return_tuples=surroundings.blocks_return_tuples,
         multipliers=surroundings.multipliers,
         is_recurrent=is_recurrent,
+        block_layers=block_layers,
         has_attention_interface=bool(getattr(base_class, "_supports_attention_backend", False)),
     )
 

@@ -17,8 +17,11 @@ from petals_core import schema
 from petals_core.announcement import DTYPES, QUANTIZATIONS, STATES
 from petals_core.errors import PetalsError, ProtocolError, error_from_wire
 from petals_core.limits import (
+    MAX_ADAPTER_LAYERS,
+    MAX_ADAPTER_RANK,
     MAX_BATCH_ROWS,
     MAX_BLOCKS,
+    MAX_MODULE_PATH_CHARS,
     MAX_NAME_CHARS,
     MAX_SESSION_TOKENS,
     MAX_STEP_TOKENS,
@@ -28,6 +31,7 @@ from petals_core.schema import ruled
 Buffer: TypeAlias = bytes | bytearray | memoryview
 SESSION_ID_BYTES = 16
 GRAPH_ID_BYTES = 16
+VALUES_ID_BYTES = 16
 _MAX_TENSORS = 4
 _KIND_KEY = "kind"
 
@@ -39,6 +43,8 @@ _deadline_ms = schema.integer(1, 3_600_000)
 _duration_us = schema.integer(0, 1 << 40)
 _row_tokens = schema.sequence(schema.integer(0, MAX_STEP_TOKENS), MAX_BATCH_ROWS, 1)
 _graph_id = schema.optional(schema.binary(GRAPH_ID_BYTES, GRAPH_ID_BYTES))
+_active_adapter = schema.optional(schema.text(MAX_NAME_CHARS))
+_values_id = schema.binary(VALUES_ID_BYTES, VALUES_ID_BYTES)
 _position_runs = schema.sequence(
     schema.sequence(schema.pair(schema.integer(0, MAX_SESSION_TOKENS), schema.integer(1, MAX_STEP_TOKENS)), 1024),
     MAX_BATCH_ROWS,
@@ -85,6 +91,10 @@ class OpenSession:
     """Columns that the session may hold."""
     deadline_ms: int = ruled(_deadline_ms)
     tensors: tuple[Any, ...] | None = ruled(schema.optional(_tensors), default=None)
+    active_adapter: str | None = ruled(_active_adapter, default=None)
+    """The whole name of an adapter that the server announces; None: the model as it is."""
+    tuning: bytes | None = ruled(schema.optional(_values_id), default=None)
+    """The values of a tuning session of the same peer by which the blocks are changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +152,10 @@ class Forward:
     position_runs: tuple[tuple[tuple[int, int], ...], ...] | None = ruled(schema.optional(_position_runs), default=None)
     graph_id: bytes | None = ruled(_graph_id, default=None)
     """A random name for what a ``Backward`` needs of this computation, which the server may keep for a while."""
+    active_adapter: str | None = ruled(_active_adapter, default=None)
+    """The whole name of an adapter that the server announces; None: the model as it is."""
+    tuning: bytes | None = ruled(schema.optional(_values_id), default=None)
+    """The values of a tuning session of the same peer by which the blocks are changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +175,7 @@ class Backward:
 
     Payload: the gradient of the loss with respect to the hidden states behind the last block [T, H]. With the name of a
     kept graph nothing else; the graph is used up by it. Without one the hidden states [T, H] that went in follow, and
-    the deep prompts if there were any.
+    the deep prompts if there were any; ``active_adapter`` and ``tuning`` are those of the forward.
     """
 
     fingerprint: str = ruled(_fingerprint)
@@ -172,15 +186,58 @@ class Backward:
     deadline_ms: int = ruled(_deadline_ms)
     position_runs: tuple[tuple[tuple[int, int], ...], ...] | None = ruled(schema.optional(_position_runs), default=None)
     graph_id: bytes | None = ruled(_graph_id, default=None)
+    active_adapter: str | None = ruled(_active_adapter, default=None)
+    """The whole name of an adapter that the server announces; None: the model as it is."""
+    tuning: bytes | None = ruled(schema.optional(_values_id), default=None)
+    """The values of a tuning session of the same peer by which the blocks are changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardResult:
-    """Outcome of a ``Backward``. Payload: gradient of the hidden states [T, H], and of the deep prompts."""
+    """Outcome of a ``Backward``. Payload: gradient of the hidden states [T, H], of the deep prompts if there were any,
+    and of the values [V] of a tuning session for blocks ``start:end`` if these changed the blocks."""
 
     tensors: tuple[Any, ...] = ruled(_tensors)
     queue_us: int = ruled(_duration_us)
     compute_us: int = ruled(_duration_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenTuning:
+    """Let the server hold low-rank matrices of the client's for blocks ``start:end``, as long as the stream lasts.
+
+    Payload: their values [V], as ``petals_core.models.low_rank.LoraLayout`` orders them.
+    """
+
+    fingerprint: str = ruled(_fingerprint)
+    start: int = ruled(_block)
+    end: int = ruled(_block)
+    layers: tuple[str, ...] = ruled(
+        schema.sequence(schema.text(MAX_MODULE_PATH_CHARS), MAX_ADAPTER_LAYERS, 1),
+    )
+    """Paths in a block of the linear layers that they change, in blocks that have such a layer."""
+    rank: int = ruled(schema.integer(1, MAX_ADAPTER_RANK))
+    scaling: float = ruled(schema.number(-1e6, 1e6))
+    values_id: bytes = ruled(_values_id)
+    """The client's name for these values, by which requests on other streams ask for them."""
+    tensors: tuple[Any, ...] = ruled(_tensors)
+    deadline_ms: int = ruled(_deadline_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateTuning:
+    """Other values in the place of those before, on the stream of the ``OpenTuning``. Payload: [V]."""
+
+    values_id: bytes = ruled(_values_id)
+    tensors: tuple[Any, ...] = ruled(_tensors)
+    deadline_ms: int = ruled(_deadline_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningReady:
+    """The server holds these values, and those before no more."""
+
+    values_id: bytes = ruled(_values_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +270,9 @@ Body: TypeAlias = (
     | ForwardResult
     | Backward
     | BackwardResult
+    | OpenTuning
+    | UpdateTuning
+    | TuningReady
     | Failure
 )
 _KINDS: dict[str, type[Body]] = {
@@ -226,6 +286,9 @@ _KINDS: dict[str, type[Body]] = {
     "forward": ForwardResult,
     "backward?": Backward,
     "backward": BackwardResult,
+    "tune?": OpenTuning,
+    "values?": UpdateTuning,
+    "tuned": TuningReady,
     "failure": Failure,
 }
 _NAMES = {body: name for name, body in _KINDS.items()}
