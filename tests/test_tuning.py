@@ -204,7 +204,7 @@ def test_a_trained_embedding_is_saved_without_prompts(load: Callable[..., Any], 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"tuning_mode": "lora"}, "none of ptune, deep_ptune"),
+        ({"tuning_mode": "ia3"}, "none of ptune, deep_ptune"),
         ({"tuning_mode": "ptune", "pre_seq_len": 0}, "choose 1 to 4096"),
         ({"pre_seq_len": 4}, "needs a tuning_mode"),
     ],

@@ -46,9 +46,17 @@ class LocalChain:
             session.close()
 
     def open_session(
-        self, *, start: int, end: int, num_rows: int, max_length: int, prompts: Tensor | None = None
+        self,
+        *,
+        start: int,
+        end: int,
+        num_rows: int,
+        max_length: int,
+        prompts: Tensor | None = None,
+        adaptation: object = None,
     ) -> LocalSession:
         assert prompts is None
+        assert adaptation is None
         return LocalSession(self, start, end, num_rows, max_length)
 
     def close(self) -> None:

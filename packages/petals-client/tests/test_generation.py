@@ -56,7 +56,7 @@ def test_a_session_is_sized_for_its_call(model: Any, swarm: Any, monkeypatch: py
     open_session = swarm.chain.open_session
     monkeypatch.setattr(swarm.chain, "open_session", lambda **sizes: (asked.append(sizes), open_session(**sizes))[1])
     model.generate(INPUTS, max_new_tokens=4, num_beams=3, **GREEDY)
-    assert asked == [{"start": 0, "end": 3, "num_rows": 6, "max_length": 7 + 4 + DRAFT_COLUMNS}]
+    assert asked == [{"start": 0, "end": 3, "num_rows": 6, "max_length": 7 + 4 + DRAFT_COLUMNS, "adaptation": None}]
 
 
 def test_the_cache_only_counts(model: Any) -> None:

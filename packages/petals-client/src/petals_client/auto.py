@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from petals_client.chain import Chain
+    from petals_client.lora import LoraSettings
     from petals_core.models.checkpoint import Checkpoint
 
 _IGNORED = frozenset({"low_cpu_mem_usage", "use_safetensors", "offload_folder", "use_fast"})
@@ -57,6 +58,10 @@ class _AutoDistributed:
         options: ClientOptions | None = None,
         tuning_mode: str | None = None,
         pre_seq_len: int | None = None,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        target_modules: str | Sequence[str] | None = None,
+        active_adapter: str | None = None,
         tuned: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -78,9 +83,14 @@ class _AutoDistributed:
             allowed_servers: peer ids, or their first 8 or more characters, of the only servers to use; by default any.
             blocked_servers: the same of servers never to use.
             options: time limits and the like.
-            tuning_mode: ``"ptune"`` to train prompts before every row, ``"deep_ptune"`` at every block too.
+            tuning_mode: ``"ptune"`` to train prompts before every row, ``"deep_ptune"`` at every block too,
+                ``"lora"`` to train low-rank matrices of the blocks' linear layers.
             pre_seq_len: how many virtual tokens these prompts have; 16 by default.
-            tuned: a folder, or a name on the hub, with weights that ``save_pretrained`` of such a model wrote.
+            lora_rank, lora_alpha, target_modules: of these matrices: 8, 16, and the layers of queries and values by
+                default; names of layers as PEFT has them, or ``"all-linear"``.
+            active_adapter: an adapter that servers have loaded, by the name that they announce.
+            tuned: a folder, or a name on the hub, with weights that ``save_pretrained`` of such a model wrote, or
+                PEFT: with ``active_adapter`` only what lies outside of the blocks is loaded, else it trains further.
 
         Returns:
             An instance of the class of Transformers for this checkpoint, with ``inference_session`` besides.
@@ -90,19 +100,31 @@ class _AutoDistributed:
             ConfigurationError: an option is wrong, or the checkpoint is of another family.
             NoPeersError: none of the initial peers answers.
         """
+        from petals_client.lora import LoraSettings, as_settings
+        from petals_client.peft_weights import PeftWeights
         from petals_client.tuned_weights import is_tuned_folder, open_tuned
         from petals_client.tuning import check_mode
         from petals_core.models.checkpoint import Checkpoint
+        from petals_core.models.split import find_architecture
 
         access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         if tuned is None and is_tuned_folder(name_or_path):
             tuned = name_or_path
-        trained = None if tuned is None else open_tuned(tuned, **access)
-        if trained is not None:
+        trained = None if tuned is None else open_tuned(tuned, **access, prefers_peft=active_adapter is not None)
+        lora = as_settings(lora_rank, lora_alpha, target_modules)
+        if isinstance(trained, PeftWeights):
+            if tuning_mode is None and active_adapter is None:
+                tuning_mode = "lora"
+            if tuning_mode == "lora":
+                lora = trained.settings()
+        elif trained is not None:
             if tuned == name_or_path:
                 name_or_path = trained.card.base_model
             tuning_mode = tuning_mode or trained.card.tuning_mode
             pre_seq_len = pre_seq_len or trained.card.pre_seq_len
+            lora = trained.card.lora or lora
+        if tuning_mode != "lora" and lora != LoraSettings():
+            raise ConfigurationError("lora_rank, lora_alpha and target_modules need tuning_mode='lora'")
         num_prompts = check_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint.open(
             name_or_path,
@@ -137,10 +159,16 @@ class _AutoDistributed:
                 config=config,
                 tuning_mode=tuning_mode,
                 num_prompts=num_prompts,
+                lora=lora,
             )
+            if active_adapter is not None:
+                chain.check_adapter(active_adapter)
+                model.remote_blocks.active_adapter = active_adapter
             if Path(name_or_path).is_dir():
                 model.petals_origin = replace(model.petals_origin, name=str(Path(name_or_path).resolve()))
-            if trained is not None:
+            if isinstance(trained, PeftWeights):
+                trained.load_into(model, model.remote_blocks.tuned_adapter, find_architecture(config))
+            elif trained is not None:
                 trained.load_into(model)
             return model
         except BaseException:
@@ -237,6 +265,7 @@ def load_model(
     config: PreTrainedConfig | None = None,
     tuning_mode: str | None = None,
     num_prompts: int = 0,
+    lora: LoraSettings | None = None,
 ) -> Any:
     """Build the class of Transformers for a checkpoint around the blocks behind ``chain``.
 
@@ -247,6 +276,7 @@ def load_model(
 
     from petals_client.base_model import BLOCKS_ATTRIBUTE, remote_base_class
     from petals_client.generation import distributed_class
+    from petals_client.lora import LoraSettings, new_adapter, remote_layers
     from petals_client.remote_sequential import RemoteSequential
     from petals_client.tuned_model import Origin
     from petals_client.tuning import attach_prompts, freeze
@@ -280,7 +310,10 @@ def load_model(
     owner.__class__ = remote_base_class(type(owner))
     stored = {model.base_model_prefix + "." + each for each in checkpoint.tensor_names} | {*checkpoint.tensor_names}
     freeze(model, model.base_model, lambda name: name in stored)
-    if tuning_mode is not None:
+    blocks.add_module("remote", remote_layers(architecture.block_layers[0]))
+    if tuning_mode == "lora":
+        blocks.tuned_adapter = new_adapter(architecture, lora or LoraSettings(), dtype=model.dtype, device=model.device)
+    elif tuning_mode is not None:
         embeddings = model.get_input_embeddings().weight
         attach_prompts(
             owner,
@@ -291,7 +324,9 @@ def load_model(
             hidden_size=architecture.hidden_size,
         )
     model.__class__ = distributed_class(type(model))
-    model.petals_origin = Origin(name=str(checkpoint.name), fingerprint=checkpoint.fingerprint)
+    model.petals_origin = Origin(
+        name=str(checkpoint.name), fingerprint=checkpoint.fingerprint, block_path=architecture.block_path
+    )
     model.eval()
     return model
 

@@ -1,6 +1,7 @@
 """Remote blocks as a function that torch can differentiate once.
 
-Letters: N tokens of all rows, B blocks, R rows, P prompt tokens of a row, H hidden size.
+Letters: N tokens of all rows, B blocks, R rows, P prompt tokens of a row, H hidden size, V values of the client's own
+low-rank matrices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petals_client.adaptation import Adaptation
 from petals_client.chain import Chain
 from petals_client.packing import PositionRuns
 from petals_core.errors import InvalidRequestError
@@ -25,23 +27,25 @@ class RemoteCall:
     end: int
     row_tokens: tuple[int, ...]
     position_runs: PositionRuns | None
+    adaptation: Adaptation | None = None
 
 
-def run_blocks(hidden: Tensor, prompts: Tensor | None, call: RemoteCall) -> Tensor:
+def run_blocks(hidden: Tensor, prompts: Tensor | None, values: Tensor | None, call: RemoteCall) -> Tensor:
     """Run packed states [N, H] through remote blocks, in the same dtype on the CPU, differentiably where asked for.
 
-    ``prompts`` [B, 1 or R, P, H] are on the CPU and in the same dtype.
+    ``prompts`` [B, 1 or R, P, H] are on the CPU and in the same dtype. ``values`` [V] are those of
+    ``call.adaptation.tuned`` for these blocks, as what gradients flow to.
 
     Raises:
         PetalsError: no chain could do it.
     """
-    wants_gradient = torch.is_grad_enabled() and (
-        hidden.requires_grad or (prompts is not None and prompts.requires_grad)
+    wants_gradient = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (hidden, prompts, values)
     )
     if wants_gradient:
-        output: Tensor = _RemoteBlocks.apply(hidden, prompts, call)
+        output: Tensor = _RemoteBlocks.apply(hidden, prompts, values, call)
         return output
-    if prompts is None:
+    if prompts is None and call.adaptation is None:
         return call.chain.forward(
             hidden.detach(),
             start=call.start,
@@ -63,15 +67,16 @@ def _forward(
         row_tokens=call.row_tokens,
         position_runs=call.position_runs,
         keeps_graphs=keeps_graphs,
+        adaptation=call.adaptation,
     )
 
 
 class _RemoteBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, prompts: Tensor | None, call: RemoteCall) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, prompts: Tensor | None, values: Tensor | None, call: RemoteCall) -> Tensor:
         output, trace, inputs = _forward(hidden, prompts, call, keeps_graphs=True)
         # Saved as tensors, so that torch frees them with the graph.
-        ctx.save_for_backward(hidden, prompts, *inputs)
+        ctx.save_for_backward(hidden, prompts, values, *inputs)
         ctx.chain = call.chain
         ctx.trace = trace
         return output
@@ -79,17 +84,17 @@ class _RemoteBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
-        hidden, prompts, *inputs = ctx.saved_tensors
+        hidden, prompts, values, *inputs = ctx.saved_tensors
         with torch.no_grad():
-            of_hidden, of_prompts = ctx.chain.backward(
+            results = ctx.chain.backward(
                 ctx.trace, inputs, None if prompts is None else prompts.detach(), gradient.detach()
             )
         if torch.is_grad_enabled():  # with create_graph=True
-            of_hidden, of_prompts = (
-                None if result is None else _OnlyOnce.apply(result, hidden, prompts, gradient)
-                for result in (of_hidden, of_prompts)
+            results = tuple(
+                None if result is None else _OnlyOnce.apply(result, hidden, prompts, values, gradient)
+                for result in results
             )
-        return of_hidden, of_prompts, None
+        return *results, None
 
 
 class _OnlyOnce(torch.autograd.Function):

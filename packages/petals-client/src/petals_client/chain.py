@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from petals_client.adaptation import Adaptation
     from petals_client.packing import PositionRuns
     from petals_client.routing.explanation import Route
     from petals_client.trace import StepTrace
@@ -75,11 +76,12 @@ class Chain(Protocol):
         row_tokens: tuple[int, ...],
         position_runs: PositionRuns | None,
         keeps_graphs: bool,
+        adaptation: Adaptation | None = None,
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """Compute rows as ``forward`` does; returns also what ``backward`` needs: a trace, and hidden states.
 
         ``prompts`` [end - start, 1 or rows, P, H] are added to the states of each row's first P tokens before each
-        block. Servers are asked to keep the graph where ``keeps_graphs``.
+        block. Servers are asked to keep the graph where ``keeps_graphs``. ``adaptation`` changes the blocks.
 
         Raises:
             PetalsError: no chain could do it.
@@ -87,19 +89,30 @@ class Chain(Protocol):
 
     def backward(
         self, trace: Any, inputs: Sequence[Tensor], prompts: Tensor | None, gradient: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the hidden states [N, H] and the prompts of a ``forward_for_training``, any number of times.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of what went into a ``forward_for_training``, any number of times.
+
+        They are those of the hidden states [N, H], of the prompts, and of the values [V] of the client's own matrices
+        for these blocks; None where there were none.
 
         Raises:
             PetalsError: no chain could do it.
         """
 
     def open_session(
-        self, *, start: int, end: int, num_rows: int, max_length: int, prompts: Tensor | None = None
+        self,
+        *,
+        start: int,
+        end: int,
+        num_rows: int,
+        max_length: int,
+        prompts: Tensor | None = None,
+        adaptation: Adaptation | None = None,
     ) -> ChainSession:
         """Open a session on blocks ``start:end`` for up to ``max_length`` columns.
 
         ``prompts`` [end - start, 1, P, H] are added to the states of each row's first P tokens before each block.
+        ``adaptation`` changes the blocks for as long as the session lasts.
 
         Raises:
             PetalsError: no chain could be opened.

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from petals_client.adaptation import Adaptation
 from petals_client.chain import Chain, ChainSession, StepRequest
 from petals_client.trace import StepTrace
 
@@ -32,7 +33,15 @@ class StateCollector:
 class SplitSession:
     """A ``ChainSession`` of one session for each part of the blocks, which keeps the states between the parts."""
 
-    def __init__(self, chain: Chain, bounds: Sequence[int], *, num_rows: int, max_length: int) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        bounds: Sequence[int],
+        *,
+        num_rows: int,
+        max_length: int,
+        adaptation: Adaptation | None = None,
+    ) -> None:
         """Open all sessions; on failure none is left open.
 
         Raises:
@@ -44,7 +53,11 @@ class SplitSession:
         self._parts: list[ChainSession] = []
         try:
             for start, end in pairwise(self.bounds):
-                self._parts.append(chain.open_session(start=start, end=end, num_rows=num_rows, max_length=max_length))
+                self._parts.append(
+                    chain.open_session(
+                        start=start, end=end, num_rows=num_rows, max_length=max_length, adaptation=adaptation
+                    )
+                )
         except BaseException:
             self.close()
             raise

@@ -6,13 +6,14 @@ Letters: R rows, T columns of a step with pads, N tokens without pads, H hidden 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from petals_client.adaptation import Adaptation
 from petals_client.chain import Chain, ChainSession, StepRequest
 from petals_client.columns import ColumnMap
 from petals_client.hidden_states import SplitSession, StateCollector
@@ -37,7 +38,16 @@ class InferenceSession:
     at a time may use a session. The number of rows is that of the first step.
     """
 
-    def __init__(self, chain: Chain, *, start: int, end: int, max_length: int) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        *,
+        start: int,
+        end: int,
+        max_length: int,
+        adapt: Callable[[], Adaptation | None] = lambda: None,
+    ) -> None:
+        """``adapt`` says, at the first step, what changes the blocks for the session."""
         if max_length < 1:
             raise InvalidRequestError(f"max_length is {max_length}: a session holds at least 1 token")
         self.max_length = max_length
@@ -47,6 +57,7 @@ class InferenceSession:
         self.cache = CountingCache(self)
         """What to pass as ``past_key_values``."""
         self._chain = chain
+        self._adapt = adapt
         self._columns: ColumnMap | None = None
         self._remote: ChainSession | None = None
         self._row_order: tuple[int, ...] | None = None
@@ -256,6 +267,7 @@ class InferenceSession:
         self, num_rows: int, collector: StateCollector | None, prefix: Prefix | None, dtype: torch.dtype
     ) -> ChainSession:
         max_length = self.max_length + DRAFT_COLUMNS
+        adaptation = self._adapt()
         if prefix is not None:
             session = self._chain.open_session(
                 start=self.start,
@@ -263,12 +275,15 @@ class InferenceSession:
                 num_rows=num_rows,
                 max_length=max_length + prefix.num_tokens,
                 prompts=None if prefix.prompts is None else prefix.prompts.detach().to("cpu", dtype),
+                adaptation=adaptation,
             )
             return PrefixedSession(session, prefix)
         bounds = collector.bounds(self.start, self.end) if collector is not None else ()
         if len(bounds) > 2:
-            return SplitSession(self._chain, bounds, num_rows=num_rows, max_length=max_length)
-        return self._chain.open_session(start=self.start, end=self.end, num_rows=num_rows, max_length=max_length)
+            return SplitSession(self._chain, bounds, num_rows=num_rows, max_length=max_length, adaptation=adaptation)
+        return self._chain.open_session(
+            start=self.start, end=self.end, num_rows=num_rows, max_length=max_length, adaptation=adaptation
+        )
 
     def _check_fit(self, num_rows: int, width: int) -> None:
         if self._columns is not None and num_rows != self._columns.num_rows:

@@ -12,12 +12,13 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from petals_client.adaptation import Adaptation
 from petals_client.chunks import Part
 from petals_client.session import read_states
 from petals_client.swarm import Swarm, explain_failure
@@ -56,6 +57,9 @@ _PATIENCE_S: Final = 1.0
 """Between two looks for a server of blocks that nobody holds."""
 _logger = logging.getLogger(__name__)
 
+GradientsOfPart = tuple[Tensor, Tensor | None, Tensor | None]
+"""Of a micro-batch's hidden states, prompts, and values of the client's own matrices."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Leg:
@@ -69,9 +73,10 @@ class Leg:
 class Access:
     """The servers, as one forward or backward of a batch uses them. Belongs to one event loop."""
 
-    def __init__(self, swarm: Swarm, *, keeps_graphs: bool) -> None:
+    def __init__(self, swarm: Swarm, *, keeps_graphs: bool, adaptation: Adaptation | None = None) -> None:
         """Without graphs hidden states may travel in a lossy encoding, if the client's options say so."""
         self.swarm = swarm
+        self.adaptation = adaptation
         self.keeps_graphs = keeps_graphs
         codec = None if keeps_graphs else swarm.options.activation_codec
         self.activation_encoding = None if codec is None else Encoding(codec)
@@ -93,18 +98,24 @@ class Access:
         Raises:
             PetalsError: the server could not be reached, or failed.
         """
-        async with self._turns[server.peer_id]:
-            connection = await self.swarm.connect(server)
+
+        async def send(fields: dict[str, Any]) -> tuple[Message, float]:
             started_s = time.perf_counter()
             message = await call(
                 connection,
-                request,
+                replace(request, **fields),
                 payload,
                 reply=reply,
                 priority=Priority.BULK,
                 timeout_s=self.swarm.options.step_timeout_s,
             )
             return message, time.perf_counter() - started_s
+
+        async with self._turns[server.peer_id]:
+            connection = await self.swarm.connect(server)
+            if isinstance(request, Backward) and request.graph_id is not None:
+                return await send({})  # a kept graph knows what changed its blocks
+            return await self.swarm.tuning.request(server, request.start, request.end, self.adaptation, send)
 
     def praise(self, server: SignedAnnouncement, hop: Hop, *, num_tokens: int, took_s: float) -> None:
         """Note that a forward was done, and whether it took much longer than the server announces."""
@@ -131,8 +142,9 @@ class Access:
 class _Attempts:
     """Who failed a micro-batch so far, and what is done about it."""
 
-    def __init__(self, swarm: Swarm) -> None:
+    def __init__(self, swarm: Swarm, adapter: str | None) -> None:
         self._swarm = swarm
+        self._adapter = adapter
         self._failures: list[tuple[PeerId, PetalsError]] = []
         self._barred: set[PeerId] = set()
         """Servers that are asked no more while there are others."""
@@ -151,7 +163,7 @@ class _Attempts:
         clock = asyncio.get_running_loop().time
         while True:
             try:
-                return await self._swarm.plan(start, end, without=self._barred)
+                return await self._swarm.plan(start, end, without=self._barred, adapter=self._adapter)
             except MissingBlocksError as missing:
                 if self._last is None:
                     raise
@@ -198,7 +210,9 @@ class MicroBatch:
         self._prompts = prompts
         """[B, 1 or R, P, H], for the blocks from ``start`` on and the part's rows."""
         self._start = start
-        self._attempts = _Attempts(access.swarm)
+        adaptation = access.adaptation
+        self._tuned = None if adaptation is None else adaptation.tuned
+        self._attempts = _Attempts(access.swarm, None if adaptation is None else adaptation.adapter)
 
     async def forward(
         self,
@@ -233,8 +247,8 @@ class MicroBatch:
                 position = hop.end
         return hidden, legs
 
-    async def backward(self, legs: Sequence[tuple[Leg, Tensor]], gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of the hidden states that went in, and of the prompts.
+    async def backward(self, legs: Sequence[tuple[Leg, Tensor]], gradient: Tensor) -> GradientsOfPart:
+        """Return the gradients of the hidden states that went in, of the prompts, and of the client's own matrices.
 
         When a server fails, others compute its blocks again from what went into it.
 
@@ -243,10 +257,11 @@ class MicroBatch:
         """
         remaining = list(legs)
         of_prompts: list[Tensor] = []
+        of_values: list[Tensor] = []
         while remaining:
             leg, hidden = remaining[-1]
             try:
-                gradient, of_hop = await self._backward_hop(leg, hidden, gradient)
+                gradient, prompts, values = await self._backward_hop(leg, hidden, gradient)
             except PetalsError as error:
                 await self._attempts.note(leg.hop, error)
                 if error.disposition is not Disposition.RETRY_SAME:
@@ -255,12 +270,16 @@ class MicroBatch:
                     remaining.extend(others)
                 continue
             remaining.pop()
-            if of_hop is not None:
-                of_prompts.append(of_hop)
-        if self._prompts is None:
-            return gradient, None
-        of_prompts.reverse()
-        return gradient, torch.cat(of_prompts)
+            if prompts is not None:
+                of_prompts.append(prompts)
+            if values is not None:
+                of_values.append(values)
+        # The last blocks came first.
+        return (
+            gradient,
+            torch.cat(of_prompts[::-1]) if of_prompts else None,
+            torch.cat(of_values[::-1]) if of_values else None,
+        )
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -286,7 +305,7 @@ class MicroBatch:
         (received,) = states.payload
         return decode(states.spec, memoryview(received)), reply.body.is_kept is True
 
-    async def _backward_hop(self, leg: Leg, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    async def _backward_hop(self, leg: Leg, hidden: Tensor, gradient: Tensor) -> GradientsOfPart:
         server = await self._access.find_server(leg.hop)
         graph_id, leg.graph_id = leg.graph_id, None
         if graph_id is not None:
@@ -298,7 +317,7 @@ class MicroBatch:
 
     async def _request_backward(
         self, hop: Hop, server: SignedAnnouncement, inputs: Sequence[Tensor], gradient: Tensor, graph_id: bytes | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> GradientsOfPart:
         gradient_spec, gradient_payload = encode(gradient, encoding=self._access.gradient_encoding)
         specs, payload = _encode_all(inputs)
         request = Backward(
@@ -314,9 +333,16 @@ class MicroBatch:
         reply, _ = await self._access.call(server, request, [*gradient_payload, *payload], BackwardResult)
         assert isinstance(reply.body, BackwardResult)
         prompts = self._prompts_of(hop)
-        expected = [tuple(gradient.shape), *(tuple(each.shape) for each in prompts)]
-        results = _read_gradients(reply, reply.body.tensors, expected, gradient_spec.dtype)
-        return results[0], results[1] if prompts else None
+        expected = [(tuple(each.shape), gradient_spec.dtype) for each in (gradient, *prompts)]
+        values = None if self._tuned is None else self._tuned.values[self._tuned.layout.place(hop.start, hop.end)]
+        if values is not None and len(values):
+            expected.append((tuple(values.shape), str(values.dtype).removeprefix("torch.")))
+        results = iter(_read_gradients(reply, reply.body.tensors, expected))
+        return (
+            next(results),
+            next(results) if prompts else None,
+            next(results, None) if values is None or len(values) else values,
+        )
 
     def _prompts_of(self, hop: Hop) -> list[Tensor]:
         """The prompts of a server's blocks, if there are any."""
@@ -336,7 +362,7 @@ def _encode_all(tensors: Sequence[Tensor]) -> tuple[list[TensorSpec], list[Buffe
 
 
 def _read_gradients(
-    message: Message, descriptions: Sequence[object], expected: Sequence[tuple[int, ...]], dtype: str
+    message: Message, descriptions: Sequence[object], expected: Sequence[tuple[tuple[int, ...], str]]
 ) -> list[Tensor]:
     """The gradients of a reply; raises ``ProtocolError`` unless their shapes and dtype are those of what went in."""
     if len(descriptions) != len(expected):
@@ -344,7 +370,7 @@ def _read_gradients(
     payload = message.received_payload
     gradients = []
     offset = 0
-    for description, shape in zip(descriptions, expected, strict=True):
+    for description, (shape, dtype) in zip(descriptions, expected, strict=True):
         spec = TensorSpec.from_wire(description)
         if spec.shape != shape or spec.dtype != dtype:
             raise ProtocolError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,10 +13,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from petals_client.adaptation import Adaptation
 from petals_client.autograd import RemoteCall, run_blocks
 from petals_client.chain import Chain
 from petals_client.hidden_states import StateCollector
 from petals_client.inference_session import InferenceSession
+from petals_client.lora import TunedAdapter
 from petals_client.packing import Layout, pack, read_layout, read_position_runs, unpack
 from petals_client.prefix import Prefix, prepend
 from petals_core.errors import InvalidRequestError
@@ -41,6 +44,7 @@ class BlockCall:
 
 
 _call: ContextVar[BlockCall | None] = ContextVar("petals block call", default=None)
+_adapters: ContextVar[tuple[tuple[Chain, str | None], ...]] = ContextVar("petals adapters", default=())
 _sessions: ContextVar[tuple[tuple[Chain, InferenceSession], ...]] = ContextVar("petals open sessions", default=())
 
 
@@ -49,7 +53,7 @@ class RemoteSequential(nn.Module):
 
     Transformers iterates over its blocks, or over ``blocks[:num_hidden_layers]``: both yield this module, once, while
     ``len`` is the true number. Other slices and indices give modules for those blocks, to be called on hidden states
-    [R, T, H]. It has no parameters and no buffers.
+    [R, T, H]. It has no parameters but those of an adapter that trains.
     """
 
     attention_type = block_type = "full_attention"
@@ -61,6 +65,10 @@ class RemoteSequential(nn.Module):
         self.start = start
         self.end = chain.num_blocks if end is None else end
         self._returns_tuple = returns_tuple
+        self.active_adapter: str | None = None
+        """An adapter that servers have loaded, which changes the blocks; None: none does."""
+        self.tuned_adapter: TunedAdapter | None = None
+        """Matrices of the client's own, which change the blocks and train."""
 
     # --- as a list ----------------------------------------------------------------------------------------------------
 
@@ -91,7 +99,9 @@ class RemoteSequential(nn.Module):
                 raise IndexError(f"there are blocks 0 to {len(self) - 1}, not {index}")
         if (first, last) == (0, len(self)):
             return self
-        return RemoteSequential(self.chain, returns_tuple=False, start=self.start + first, end=self.start + last)
+        part = RemoteSequential(self.chain, returns_tuple=False, start=self.start + first, end=self.start + last)
+        part.active_adapter, part.tuned_adapter = self.active_adapter, self.tuned_adapter
+        return part
 
     def extra_repr(self) -> str:
         return f"blocks {self.start}:{self.end}, computed by a swarm"
@@ -162,6 +172,7 @@ class RemoteSequential(nn.Module):
             tokens = packed if places is None else packed.index_select(0, places)
             return unpack(tokens.to(hidden.device), layout)
 
+        values, adaptation = self._adapt()
         bounds = (self.start, self.end) if call.collector is None else call.collector.bounds(self.start, self.end)
         for start, end in pairwise(bounds):
             if layout.num_tokens:
@@ -169,11 +180,41 @@ class RemoteSequential(nn.Module):
                 packed = run_blocks(
                     packed,
                     part,
-                    RemoteCall(chain=self.chain, start=start, end=end, row_tokens=row_tokens, position_runs=runs),
+                    None
+                    if values is None or self.tuned_adapter is None
+                    else values[self.tuned_adapter.layout.place(start, end)],
+                    RemoteCall(
+                        chain=self.chain,
+                        start=start,
+                        end=end,
+                        row_tokens=row_tokens,
+                        position_runs=runs,
+                        adaptation=adaptation,
+                    ),
                 )
             if call.collector is not None:
                 call.collector.states[end] = restore(packed)
         return restore(packed)
+
+    def _adapt(self) -> tuple[Tensor | None, Adaptation | None]:
+        """What changes the blocks now, and the values [V] to which gradients flow."""
+        adapter = self.active_adapter
+        for chain, name in _adapters.get():
+            if chain is self.chain:
+                adapter = name
+        if self.tuned_adapter is None:
+            return None, None if adapter is None else Adaptation(adapter=adapter)
+        values = self.tuned_adapter.join()
+        return values, Adaptation(adapter=adapter, tuned=self.tuned_adapter.snapshot(values))
+
+    @contextmanager
+    def use_adapter(self, name: str | None) -> Iterator[None]:
+        """Let calls inside use an adapter that servers have, or none; this thread (and asyncio task) only."""
+        token = _adapters.set((*_adapters.get(), (self.chain, name)))
+        try:
+            yield
+        finally:
+            _adapters.reset(token)
 
     def _step(self, hidden: Tensor, call: BlockCall) -> Tensor:
         assert call.session is not None
@@ -210,7 +251,9 @@ class RemoteSequential(nn.Module):
 
     def new_session(self, max_length: int) -> InferenceSession:
         """Make a session that is not open around anything; nothing travels before its first step."""
-        return InferenceSession(self.chain, start=self.start, end=self.end, max_length=max_length)
+        return InferenceSession(
+            self.chain, start=self.start, end=self.end, max_length=max_length, adapt=lambda: self._adapt()[1]
+        )
 
     @contextmanager
     def use_session(self, session: InferenceSession) -> Iterator[InferenceSession]:
@@ -230,7 +273,10 @@ class RemoteSequential(nn.Module):
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
-        return RemoteSequential(self.chain, returns_tuple=self._returns_tuple, start=self.start, end=self.end)
+        twin = RemoteSequential(self.chain, returns_tuple=self._returns_tuple, start=self.start, end=self.end)
+        twin.active_adapter = self.active_adapter
+        twin.tuned_adapter = copy.deepcopy(self.tuned_adapter, memo)
+        return twin
 
 
 @contextmanager

@@ -12,11 +12,13 @@ import random
 from collections.abc import Collection, Iterable
 from typing import TypeAlias
 
+from petals_client.adaptation import choose_servers, explain_missing_adapter
 from petals_client.directory import ServerDirectory
 from petals_client.measuring import Measurements
 from petals_client.options import ClientOptions
 from petals_client.routing.explanation import Facts, Route, explain_chain
 from petals_client.routing.health import HealthLedger
+from petals_client.tuning_sessions import TuningSessions
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import Disposition, DrainingError, MissingBlocksError, NoPeersError, PetalsError
 from petals_core.identity import Identity, PeerId
@@ -55,6 +57,8 @@ class Swarm:
             options, model_name=model_name, fingerprint=fingerprint, num_blocks=num_blocks, identity=identity
         )
         self.health = HealthLedger()
+        self.tuning = TuningSessions(self)
+        """The client's own adapters on servers."""
         self._torch_dtype = torch_dtype
         self._quantization = quantization
         self._rng = rng or random.Random()
@@ -66,6 +70,7 @@ class Swarm:
 
     async def close(self) -> None:
         """Close all connections."""
+        self.tuning.close()
         await self.measurements.close()
         await self.directory.close()
         await self._dialer.close()
@@ -81,6 +86,7 @@ class Swarm:
         cache_tokens: int = 0,
         previous: PeerId | None = None,
         following: PeerId | None = None,
+        adapter: str | None = None,
     ) -> tuple[Chain, Servers]:
         """Choose a chain over blocks ``start:end`` for a session; also returns what all usable servers announced.
 
@@ -88,12 +94,14 @@ class Swarm:
             without: servers that are not to be used; the plan is in a hurry then and measures nothing.
             cache_tokens: what the session will need of each server's attention cache.
             previous, following: the servers between which it is to stand; None: the client.
+            adapter: only servers that have it are used.
 
         Raises:
             MissingBlocksError: some blocks are held by no live server.
+            MissingAdapterError: some are held only by servers without the adapter.
             NoPeersError: no peer of the swarm answers.
         """
-        usable = await self._usable(start, end, without)
+        usable = await self._usable(start, end, without, adapter)
         costs = self._weigh(usable, cache_tokens=cache_tokens)
         ends = {
             name: await self._weigh_one(peer_id) for name, peer_id in (("previous", previous), ("following", following))
@@ -101,20 +109,20 @@ class Swarm:
         try:
             chain = plan_chain(costs, start, end, model_name=self.model_name, **ends)
         except MissingBlocksError:
-            raise await self._explain_missing(start, end) from None
+            raise await self._explain_missing(start, end, adapter) from None
         self._warn_of_dtypes(usable[hop.peer_id] for hop in chain)
         return chain, usable
 
     async def plan_batch(
-        self, start: int, end: int, *, num_tokens: int, max_chains: int
+        self, start: int, end: int, *, num_tokens: int, max_chains: int, adapter: str | None = None
     ) -> tuple[tuple[Branch, ...], Servers]:
         """Divide a batch whose parts have ``num_tokens`` among chains; raises what ``plan`` raises."""
-        usable = await self._usable(start, end, ())
+        usable = await self._usable(start, end, (), adapter)
         costs = self._weigh(usable, batch_tokens=num_tokens)
         try:
             branches = split_flow(costs, start, end, model_name=self.model_name, max_chains=max_chains)
         except MissingBlocksError:
-            raise await self._explain_missing(start, end) from None
+            raise await self._explain_missing(start, end, adapter) from None
         self._warn_of_dtypes(usable[hop.peer_id] for branch in branches for hop in branch.chain)
         return branches, usable
 
@@ -144,25 +152,27 @@ class Swarm:
             chain, costs, facts, spans, model_name=self.model_name, start=start, end=end, cache_tokens=cache_tokens
         )
 
-    async def _usable(self, start: int, end: int, without: Collection[PeerId]) -> Servers:
+    async def _usable(self, start: int, end: int, without: Collection[PeerId], adapter: str | None = None) -> Servers:
         """Servers that may be used, measured as far as there is time."""
-        usable = self._allowed(await self.directory.servers(), without)
+        usable = self._allowed(await self.directory.servers(), without, adapter)
         if find_gaps(((each.announcement.start, each.announcement.end) for each in usable.values()), start, end):
             # A server may have come a moment ago.
             with contextlib.suppress(NoPeersError):
                 await self.directory.refresh()
-            usable = self._allowed(await self.directory.servers(), without)
+            usable = self._allowed(await self.directory.servers(), without, adapter)
         if not without:
             await self.measurements.refresh(usable, start=start, end=end)
-            self.measurements.forget_others(usable.keys())
+            if adapter is None:
+                self.measurements.forget_others(usable.keys())
         return usable
 
-    def _allowed(self, servers: Servers, without: Collection[PeerId]) -> Servers:
-        return {
+    def _allowed(self, servers: Servers, without: Collection[PeerId], adapter: str | None) -> Servers:
+        allowed = {
             peer_id: signed
             for peer_id, signed in servers.items()
             if peer_id not in without and self.options.excludes(signed) is None
         }
+        return allowed if adapter is None else choose_servers(allowed, adapter)
 
     def _weigh(self, servers: Servers, *, cache_tokens: int = 0, batch_tokens: int | None = None) -> list[Server]:
         """What each server costs at the moment."""
@@ -195,8 +205,13 @@ class Swarm:
             return signed.announcement.cache_tokens_left
         return known.cache_tokens_left
 
-    async def _explain_missing(self, start: int, end: int) -> MissingBlocksError:
+    async def _explain_missing(self, start: int, end: int, adapter: str | None = None) -> PetalsError:
         """Say whether it is the client's own demands that leave no chain."""
+        if adapter is not None:
+            known = await self.directory.servers()
+            holding = [each.announcement for each in choose_servers(known, adapter).values()]
+            if gaps := find_gaps(((each.start, each.end) for each in holding), start, end):
+                return explain_missing_adapter(known.values(), adapter, describe_blocks(gaps), self.model_name)
         servers = (await self.directory.servers()).values()
         spans = [(signed.announcement.start, signed.announcement.end) for signed in servers]
         reasons = [self.options.excludes(signed) for signed in servers]

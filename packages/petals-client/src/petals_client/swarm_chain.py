@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from petals_client.adaptation import Adaptation
 from petals_client.chain import StepRequest
 from petals_client.chunks import Part, split_columns
 from petals_client.loop_thread import LoopThread, inherit
@@ -116,11 +117,12 @@ class SwarmChain:
         row_tokens: tuple[int, ...],
         position_runs: PositionRuns | None,
         keeps_graphs: bool,
+        adaptation: Adaptation | None = None,
     ) -> tuple[Tensor, TrainingTrace, list[Tensor]]:
         """See ``Chain.forward_for_training``. Parts of a batch are under way at once."""
 
         async def run(swarm: Swarm) -> tuple[Tensor, TrainingTrace, list[Tensor]]:
-            return await TrainingRun(swarm, keeps_graphs=keeps_graphs).forward(
+            return await TrainingRun(swarm, keeps_graphs=keeps_graphs, adaptation=adaptation).forward(
                 hidden, prompts, start=start, end=end, row_tokens=row_tokens, position_runs=position_runs
             )
 
@@ -128,23 +130,38 @@ class SwarmChain:
 
     def backward(
         self, trace: Any, inputs: Sequence[Tensor], prompts: Tensor | None, gradient: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See ``Chain.backward``."""
 
-        async def run(swarm: Swarm) -> tuple[Tensor, Tensor | None]:
-            return await TrainingRun(swarm, keeps_graphs=True).backward(trace, inputs, prompts, gradient)
+        async def run(swarm: Swarm) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            return await TrainingRun(swarm, keeps_graphs=True, adaptation=trace.adaptation).backward(
+                trace, inputs, prompts, gradient
+            )
 
         return self.run(run)
 
     def open_session(
-        self, *, start: int, end: int, num_rows: int, max_length: int, prompts: Tensor | None = None
+        self,
+        *,
+        start: int,
+        end: int,
+        num_rows: int,
+        max_length: int,
+        prompts: Tensor | None = None,
+        adaptation: Adaptation | None = None,
     ) -> SwarmChainSession:
         """See ``Chain.open_session``."""
 
         async def run() -> SwarmSession:
             swarm = await self._ensure_swarm()
             session = SwarmSession(
-                swarm, start=start, end=end, num_rows=num_rows, max_length=max_length, prompts=prompts
+                swarm,
+                start=start,
+                end=end,
+                num_rows=num_rows,
+                max_length=max_length,
+                prompts=prompts,
+                adaptation=adaptation,
             )
             await session.open()
             return session
@@ -171,6 +188,18 @@ class SwarmChain:
     async def _refresh(self) -> None:
         swarm = await self._ensure_swarm()
         await swarm.directory.refresh()
+
+    def check_adapter(self, name: str) -> None:
+        """See that servers have an adapter for all blocks.
+
+        Raises:
+            MissingAdapterError: they do not; the text says which servers have which.
+        """
+
+        async def check(swarm: Swarm) -> None:
+            await swarm.plan(0, self.num_blocks, adapter=name)
+
+        self.run(check)
 
     async def _ensure_swarm(self) -> Swarm:
         if self._swarm is None:

@@ -8,10 +8,12 @@ import os
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from petals_client.adaptation import Adaptation
 from petals_client.chain import StepRequest
 from petals_client.history import merge_steps
 from petals_client.session import HopSession, States, join_states
@@ -50,6 +52,7 @@ class SwarmSession:
         num_rows: int,
         max_length: int,
         prompts: Tensor | None = None,
+        adaptation: Adaptation | None = None,
     ) -> None:
         """``prompts`` [end - start, 1, P, H] are deep prompts."""
         self._swarm = swarm
@@ -58,6 +61,7 @@ class SwarmSession:
         self._num_rows = num_rows
         self._max_length = max_length
         self._prompts = prompts
+        self._adaptation = adaptation
         self._hops: list[HopSession] = []
         self._is_closed = False
         self._failures: list[tuple[PeerId, PetalsError]] = []
@@ -268,7 +272,11 @@ class SwarmSession:
             attempt += 1
             try:
                 chain, servers = await self._swarm.plan(
-                    start, end, without=failed, cache_tokens=self._num_rows * self._max_length
+                    start,
+                    end,
+                    without=failed,
+                    cache_tokens=self._num_rows * self._max_length,
+                    adapter=None if self._adaptation is None else self._adaptation.adapter,
                 )
             except MissingBlocksError:
                 if failure is None:
@@ -319,9 +327,18 @@ class SwarmSession:
             deadline_ms=int(timeout_s * 1000),
             tensors=tensors,
         )
-        return await HopSession.open(
-            connection, hop, request, payload, timeout_s=timeout_s, history_bytes=self._swarm.options.history_bytes
-        )
+
+        async def send(fields: dict[str, Any]) -> HopSession:
+            return await HopSession.open(
+                connection,
+                hop,
+                replace(request, **fields),
+                payload,
+                timeout_s=timeout_s,
+                history_bytes=self._swarm.options.history_bytes,
+            )
+
+        return await self._swarm.tuning.request(server, hop.start, hop.end, self._adaptation, send)
 
 
 async def _gather_all(coroutines: Sequence[Coroutine[Any, Any, HopSession]]) -> list[HopSession | PetalsError]:

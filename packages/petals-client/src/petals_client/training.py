@@ -20,8 +20,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from petals_client.adaptation import Adaptation
 from petals_client.chunks import Part, split_rows
-from petals_client.micro_batch import REQUESTS_PER_SERVER, Access, Leg, MicroBatch
+from petals_client.micro_batch import REQUESTS_PER_SERVER, Access, GradientsOfPart, Leg, MicroBatch
 from petals_client.packing import PositionRuns
 from petals_client.swarm import Swarm
 from petals_core.routing.flow import Branch
@@ -49,6 +50,7 @@ class TrainingTrace:
 
     start: int
     end: int
+    adaptation: Adaptation | None = None
     parts: tuple[PartTrace, ...] = field(default=())
 
 
@@ -59,9 +61,10 @@ class TrainingRun:
     chains at once where the swarm has them.
     """
 
-    def __init__(self, swarm: Swarm, *, keeps_graphs: bool) -> None:
+    def __init__(self, swarm: Swarm, *, keeps_graphs: bool, adaptation: Adaptation | None = None) -> None:
         self._swarm = swarm
-        self._access = Access(swarm, keeps_graphs=keeps_graphs)
+        self._adaptation = adaptation
+        self._access = Access(swarm, keeps_graphs=keeps_graphs, adaptation=adaptation)
         self._tokens_left = swarm.options.max_tokens_in_flight
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
@@ -87,6 +90,7 @@ class TrainingRun:
             end,
             num_tokens=min(num_tokens, _PLANNED_PART_TOKENS),
             max_chains=max(1, min(_MAX_CHAINS, num_tokens // part_tokens)),
+            adapter=None if self._adaptation is None else self._adaptation.adapter,
         )
         max_tokens = self._choose_part_tokens(num_tokens, num_hops=sum(len(branch.chain) for branch in branches))
         parts = split_rows(row_tokens, position_runs, max_tokens)
@@ -111,11 +115,11 @@ class TrainingRun:
             _put(output, part, states)
             traces.append(PartTrace(part=part, legs=tuple(leg for leg, _ in legs)))
             inputs.extend(states for _, states in legs)
-        return output, TrainingTrace(start=start, end=end, parts=tuple(traces)), inputs
+        return output, TrainingTrace(start=start, end=end, adaptation=self._adaptation, parts=tuple(traces)), inputs
 
     async def backward(
         self, trace: TrainingTrace, inputs: Sequence[Tensor], prompts: Tensor | None, gradient: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> GradientsOfPart:
         """Return the gradients of what went into ``forward``, from that of what came out [N, H].
 
         Raises:
@@ -123,7 +127,7 @@ class TrainingRun:
         """
         states = iter(inputs)
         legs_of = [[(leg, next(states)) for leg in each.legs] for each in trace.parts]
-        results: list[tuple[Tensor, Tensor | None] | None] = [None] * len(trace.parts)
+        results: list[GradientsOfPart | None] = [None] * len(trace.parts)
 
         async def run(index: int) -> None:
             part = trace.parts[index].part
@@ -134,6 +138,7 @@ class TrainingRun:
         await _run_all([run(index) for index in range(len(trace.parts))])
         of_hidden = torch.zeros_like(gradient)
         of_prompts = None if prompts is None else torch.zeros_like(prompts)
+        of_values: Tensor | None = None
         for each, result in zip(trace.parts, results, strict=True):
             assert result is not None
             _put(of_hidden, each.part, result[0])
@@ -142,7 +147,9 @@ class TrainingRun:
                 assert rows is not None
                 assert result[1] is not None
                 rows += result[1]
-        return of_hidden, of_prompts
+            if result[2] is not None:
+                of_values = result[2] if of_values is None else of_values + result[2]
+        return of_hidden, of_prompts, of_values
 
     # --- sharing the way ----------------------------------------------------------------------------------------------
 

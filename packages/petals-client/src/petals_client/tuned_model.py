@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, device, dtype, nn
 
 from petals_client import tuned_weights
+from petals_client.lora import TunedAdapter
+from petals_client.peft_weights import save_peft
 from petals_client.tuned_weights import TuningCard
 from petals_client.tuning import TunedPrompts
 from petals_core.errors import InvalidRequestError
@@ -23,6 +25,8 @@ class Origin:
 
     name: str
     fingerprint: str
+    block_path: str
+    """Where the base model keeps its blocks."""
 
 
 class TunableModel:
@@ -36,6 +40,25 @@ class TunableModel:
         """The trainable prompts; None without a ``tuning_mode``."""
         assert isinstance(self, nn.Module)
         return next((module for module in self.modules() if isinstance(module, TunedPrompts)), None)
+
+    @property
+    def tuned_adapter(self) -> TunedAdapter | None:
+        """The trainable low-rank matrices; None unless ``tuning_mode`` is ``"lora"``."""
+        assert isinstance(self, nn.Module)
+        return next((module for module in self.modules() if isinstance(module, TunedAdapter)), None)
+
+    def add_adapter(self, *arguments: Any, **options: Any) -> None:
+        """Refused: PEFT can't reach blocks that servers compute.
+
+        Raises:
+            InvalidRequestError: always.
+        """
+        raise InvalidRequestError(
+            "servers compute the blocks, so that PEFT can't adapt them here: load the model with tuning_mode='lora' to "
+            "train, or with active_adapter=NAME; peft.get_peft_model adapts the client's own layers"
+        )
+
+    load_adapter = add_adapter
 
     @property
     def dtype(self) -> dtype:
@@ -52,10 +75,10 @@ class TunableModel:
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """With tuned prompts: only what trains, so that optimizers get ``model.parameters()``; else all."""
+        """With a ``tuning_mode``: only what trains, so that optimizers get ``model.parameters()``; else all."""
         assert isinstance(self, nn.Module)
         parameters = nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
-        if self.prompts is None:
+        if self.prompts is None and self.tuned_adapter is None:
             return parameters
         return ((name, weight) for name, weight in parameters if weight.requires_grad)
 
@@ -78,15 +101,26 @@ class TunableModel:
                 "nothing of this model trains, and its blocks are not here, so that saving it would give a broken "
                 "checkpoint: load it with tuning_mode, or set requires_grad where you train"
             )
-        prompts = self.prompts
+        prompts, adapter = self.prompts, self.tuned_adapter
         card = TuningCard(
             base_model=self.petals_origin.name,
             fingerprint=self.petals_origin.fingerprint,
             model_class=type(self).__name__,
-            tuning_mode=None if prompts is None else prompts.mode,
+            tuning_mode="lora" if adapter is not None else None if prompts is None else prompts.mode,
             pre_seq_len=0 if prompts is None else prompts.num_tokens,
+            lora=None if adapter is None else adapter.settings,
         )
         tuned_weights.save(save_directory, card, tensors)
+        if adapter is not None:
+            own = {id(weight) for weight in adapter.parameters()}
+            save_peft(
+                save_directory,
+                self,
+                adapter,
+                {name: tensor for name, tensor in tensors.items() if id(tensor) not in own},
+                block_path=self.petals_origin.block_path,
+                base_model=self.petals_origin.name,
+            )
         if push_to_hub:
             repo_id = kwargs.get("repo_id") or Path(save_directory).resolve().name
             self.push_to_hub(repo_id, token=kwargs.get("token"))

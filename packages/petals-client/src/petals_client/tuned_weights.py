@@ -11,7 +11,11 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from petals_client.lora import LoraSettings
+from petals_client.peft_weights import PeftWeights
 from petals_core.errors import CheckpointError, ConfigurationError
+from petals_core.models.adapter_files import CONFIG as ADAPTER_CONFIG
+from petals_core.models.adapter_files import AdapterFiles
 from petals_core.models.safetensors_file import read_header, read_tensor
 from petals_core.models.sources import Folder, Hub, Source, read_json
 
@@ -33,6 +37,7 @@ class TuningCard:
     """Transformers' class."""
     tuning_mode: str | None
     pre_seq_len: int
+    lora: LoraSettings | None = None
 
 
 def save(folder: str | os.PathLike[str], card: TuningCard, tensors: dict[str, Tensor]) -> None:
@@ -48,6 +53,13 @@ def save(folder: str | os.PathLike[str], card: TuningCard, tensors: dict[str, Te
 
 
 def _readme(card: TuningCard) -> str:
+    if card.lora is not None:
+        return (
+            f"---\nbase_model: {json.dumps(card.base_model)}\nlibrary_name: peft\ntags:\n- lora\n- petals\n---\n\n"
+            f"A LoRA adapter for {card.base_model}, trained through a Petals swarm, as PEFT stores it. Servers load it "
+            "with `petals-server serve BASE_MODEL --adapters THIS`; `from_pretrained(BASE_MODEL, tuned=THIS, "
+            f"initial_peers=...)` trains it further. `{WEIGHTS}` and `{CARD}` hold the same for Petals alone.\n"
+        )
     what = "Weights" if card.tuning_mode is None else f"Prompts ({card.tuning_mode}, {card.pre_seq_len} tokens)"
     return (
         f"---\nbase_model: {json.dumps(card.base_model)}\nlibrary_name: petals\ntags:\n- petals\n---\n\n"
@@ -99,8 +111,9 @@ def open_tuned(
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-) -> TunedWeights:
-    """Find what ``save`` wrote, in a folder or on the hub.
+    prefers_peft: bool = False,
+) -> TunedWeights | PeftWeights:
+    """Find what ``save`` or PEFT wrote, in a folder or on the hub; where both are, ``prefers_peft`` says which.
 
     Raises:
         CheckpointError: there is nothing of the kind, or it can't be read.
@@ -119,6 +132,8 @@ def open_tuned(
     else:
         raise CheckpointError(f"there is no folder {text}: check the path, or give a hub name like owner/name")
     path = source.find(CARD)
+    if (path is None or prefers_peft) and source.find(ADAPTER_CONFIG) is not None:
+        return PeftWeights(files=AdapterFiles(source, "adapter"))
     if path is None:
         raise CheckpointError(f"{source} has no {CARD}: it holds no weights that save_pretrained wrote")
     return TunedWeights(source=source, card=_read_card(read_json(path), source))
@@ -134,7 +149,24 @@ def _read_card(content: dict[str, Any], source: Source) -> TuningCard:
     mode = content.get("tuning_mode")
     if mode is not None and type(mode) is not str:
         raise CheckpointError(f"{CARD} of {source} is broken: tuning_mode is {mode!r}")
-    return TuningCard(tuning_mode=mode, **{name: content[name] for name in kinds})
+    lora = content.get("lora")
+    return TuningCard(
+        tuning_mode=mode,
+        lora=None if lora is None else _read_lora(lora, source),
+        **{name: content[name] for name in kinds},
+    )
+
+
+def _read_lora(content: Any, source: Source) -> LoraSettings:
+    names = ("rank", "alpha", "target_modules", "is_rank_stabilized")
+    if not isinstance(content, dict) or not all(name in content for name in names):
+        raise CheckpointError(f"{CARD} of {source} is broken: lora is {content!r}")
+    rank, alpha, targets, is_stabilized = (content[name] for name in names)
+    if type(rank) is not int or type(alpha) not in (int, float) or not isinstance(targets, list):
+        raise CheckpointError(f"{CARD} of {source} is broken: lora is {content!r}")
+    return LoraSettings(
+        rank=rank, alpha=alpha, target_modules=tuple(map(str, targets)), is_rank_stabilized=is_stabilized is True
+    )
 
 
 def push(folder: str | Path, repo_id: str, *, token: str | None, private: bool | None, message: str) -> str:

@@ -21,7 +21,7 @@ from petals_client.remote_sequential import BlockCall, RemoteSequential, entered
 from petals_core.errors import ConfigurationError
 from petals_core.models.transformers_forward import BaseCall, takes_position_ids
 
-TUNING_MODES: Final = ("ptune", "deep_ptune")
+TUNING_MODES: Final = ("ptune", "deep_ptune", "lora")
 DEFAULT_PROMPT_TOKENS: Final = 16
 _MAX_PROMPT_TOKENS: Final = 4096
 PROMPTS_ATTRIBUTE: Final = "tuned_prompts"
@@ -70,6 +70,10 @@ def check_mode(tuning_mode: str | None, pre_seq_len: int | None) -> int:
         return 0
     if tuning_mode not in TUNING_MODES:
         raise ConfigurationError(f"tuning_mode {tuning_mode!r} is none of {', '.join(TUNING_MODES)}")
+    if tuning_mode == "lora":
+        if pre_seq_len:
+            raise ConfigurationError("tuning_mode='lora' has no prompts: leave out pre_seq_len")
+        return 0
     num_tokens = DEFAULT_PROMPT_TOKENS if pre_seq_len is None else pre_seq_len
     if not 0 < num_tokens <= _MAX_PROMPT_TOKENS:
         raise ConfigurationError(f"pre_seq_len is {num_tokens}: choose 1 to {_MAX_PROMPT_TOKENS} virtual tokens")
