@@ -9,12 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
+from petals_server.placement.moves import MoveRules
 from simulator import report
 from simulator.policies import Earlier, Policy, Product
 from simulator.report import Outcome
 from simulator.world import HOUR_S, Settings, World
-
-from petals_server.placement.moves import MoveRules
 
 SETTINGS = Settings(num_servers=150, num_blocks=40, hours=1.0, churn_per_hour=0.2, seed=3)
 
@@ -25,7 +24,7 @@ def simulate(policy: Policy, settings: Settings = SETTINGS, num_sessions: int = 
 
 def test_a_swarm_keeps_itself_balanced_and_recovers() -> None:
     ours, earlier = simulate(Product(MoveRules())), simulate(Earlier())
-    assert ours.mean_share > max(0.9, earlier.mean_share)
+    assert ours.mean_share > max(0.84, earlier.mean_share + 0.05)
     assert ours.dark_block_s == 0
     assert ours.dark_block_s_after == 0
     assert 0 < ours.moves_per_4h < 2
@@ -35,7 +34,8 @@ def test_a_swarm_keeps_itself_balanced_and_recovers() -> None:
 
 
 def test_equal_seeds_give_equal_runs() -> None:
-    first, second = simulate(Product(MoveRules())), simulate(Product(MoveRules()))
+    settings = Settings(num_servers=40, num_blocks=20, hours=0.5, churn_per_hour=0.5, seed=5)
+    first, second = simulate(Product(MoveRules()), settings), simulate(Product(MoveRules()), settings)
     assert first.samples == second.samples
     assert first.route_s == second.route_s
 
@@ -52,7 +52,8 @@ def test_dark_blocks_are_lit_again() -> None:
 
 def test_liars_gain_little() -> None:
     settings = Settings(num_servers=150, num_blocks=40, hours=1.0, churn_per_hour=0.2, liar_share=0.1, seed=3)
-    assert simulate(Product(MoveRules()), settings, 0).mean_share > 0.85
+    ours, earlier = simulate(Product(MoveRules()), settings, 0), simulate(Earlier(), settings, 0)
+    assert ours.mean_share > earlier.mean_share + 0.03
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ def plan(world: World, servers: list[tuple[Announcement, PeerId, float]], rng: r
         MissingBlocksError: a block is dark.
     """
     costs: list[Server] = [
-        estimate_cost(announcement, peer_id, round_trip_s=round_trip_s, penalty_s=0.0)
+        estimate_cost(announcement, peer_id, round_trip_s=round_trip_s, penalty_s=0.0, noise=rng.random())
         for announcement, peer_id, round_trip_s in servers
     ]
-    return plan_chain(costs, 0, world.settings.num_blocks, model_name="simulated", rng=rng)
+    return plan_chain(costs, 0, world.settings.num_blocks, model_name="simulated")
 
 
 @dataclass(slots=True, eq=False)

@@ -18,6 +18,7 @@ from petals_core.limits import (
     MAX_CLOCK_SKEW_S,
     MAX_NAME_CHARS,
     MAX_NEXT_DELAYS,
+    MAX_OBSERVED,
 )
 from petals_core.schema import ruled
 
@@ -25,6 +26,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "nf4", "fp4", "fp8", "mxfp4", "gptq", "awq", "other")
 """Forms of a server's weights. Servers make the first three; checkpoints that are stored quantized have all."""
 STATES = ("joining", "online", "draining", "offline")
+OBSERVED_ID_BYTES = 8
 _SIGNATURE_CONTEXT = b"petals announcement 1\0"
 _MAX_RATE = 1e12
 _LATEST_TIME_S = 1e11
@@ -70,7 +72,23 @@ class Announcement:
     )
     """(peer id digest, one-way delay in seconds) to servers that are likely to come next in a chain."""
 
+    intent: tuple[int, int] | None = ruled(
+        schema.optional(schema.pair(schema.integer(0, MAX_BLOCKS), schema.integer(0, MAX_BLOCKS))), default=None
+    )
+    """Blocks that the server is about to hold instead: first, and one past the last."""
+    intent_at_s: float | None = ruled(schema.optional(schema.number(0, _LATEST_TIME_S)), default=None)
+    """Unix time at which it began to want them."""
+    observed: tuple[tuple[bytes, int], ...] = ruled(
+        schema.sequence(
+            schema.pair(schema.binary(OBSERVED_ID_BYTES, OBSERVED_ID_BYTES), schema.integer(0, 100)), MAX_OBSERVED
+        ),
+        default=(),
+    )
+    """Of other servers, named by the beginning of their id: percent of the announced speed that was reached."""
+
     def __post_init__(self) -> None:
+        if self.intent is not None and not 0 <= self.intent[0] < self.intent[1] <= self.num_blocks:
+            raise ValueError(f"blocks {self.intent[0]}:{self.intent[1]} are not within 0:{self.num_blocks}")
         if not 0 <= self.start < self.end <= self.num_blocks:
             raise ValueError(f"blocks {self.start}:{self.end} are not within 0:{self.num_blocks}")
         if not self.issued_at_s < self.expires_at_s <= self.issued_at_s + MAX_ANNOUNCEMENT_LIFETIME_S:

@@ -56,6 +56,7 @@ MAX_ADAPTER_LAYERS = 64
 """Linear layers of a block that a tuning session may change."""
 MAX_MODULE_PATH_CHARS = 128
 MAX_NEXT_DELAYS = 8
+MAX_OBSERVED = 4
 MAX_BATCH_ROWS = 1024
 MAX_STEP_TOKENS = 1 << 20
 MAX_SESSION_TOKENS = 1 << 22

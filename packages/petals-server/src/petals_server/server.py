@@ -24,7 +24,8 @@ from petals_server.announcer import Announcer
 from petals_server.config import ServerConfig
 from petals_server.engine import Engine
 from petals_server.neighbours import Neighbours
-from petals_server.placement import choose_span, count_coverage
+from petals_server.placement.offers import Ability
+from petals_server.placement.view import look
 from petals_server.sessions import SessionTable
 
 if TYPE_CHECKING:
@@ -265,15 +266,13 @@ class Server:
         if num_blocks == opened.num_blocks:
             return opened, 0, num_blocks
         servers = await self._directory.find_servers(opened.fingerprint)
-        coverage = count_coverage(
-            (
-                (server.announcement.start, server.announcement.end)
-                for server in servers
-                if server.announcement.state in ("joining", "online") and server.peer_id != self.peer_id
-            ),
-            opened.num_blocks,
+        view = look(
+            {server.peer_id.digest: server.announcement for server in servers if server.peer_id != self.peer_id},
+            num_blocks=opened.num_blocks,
         )
-        return opened, *choose_span(coverage, num_blocks)
+        ability = Ability(max_blocks=num_blocks, block_tokens_per_s=view.typical_tokens_per_s, min_blocks=num_blocks)
+        window = view.coverage.choose_window(ability.offers)
+        return opened, window.start, window.end
 
     # --- serving ------------------------------------------------------------------------------------------------------
 

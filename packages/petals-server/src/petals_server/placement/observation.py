@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias
+
+from petals_core.announcement import OBSERVED_ID_BYTES, Announcement
 
 MIN_TRUST: Final = 0.05
 _PRIOR_VOTES: Final = 2
+_MAX_VOTES: Final = 64
+
+Votes: TypeAlias = Mapping[bytes, float]
+"""What somebody saw of servers: peer id digest to what was reached, as a part of what was announced."""
 
 
 def trust(observed: Sequence[float]) -> float:
@@ -15,7 +21,26 @@ def trust(observed: Sequence[float]) -> float:
 
     Each observer has one vote. Two votes for what was announced are added, so that one or two observers alone condemn
     nobody; and nothing makes a server faster than it says, so that friends of a liar gain nothing. While less than half
-    of the observers (plus two) lie, the result lies between what honest ones saw.
+    of the votes are lies, the result lies between honest ones.
     """
     votes = [min(1.0, max(0.0, vote)) for vote in observed] + [1.0] * _PRIOR_VOTES
     return max(MIN_TRUST, statistics.median(votes))
+
+
+def collect_votes(announcements: Mapping[bytes, Announcement], own: Votes) -> dict[bytes, list[float]]:
+    """What all observed of each server: one vote for each announcement that names it, and this server's own.
+
+    Announcements name servers by the beginnings of their ids. What a server says of itself does not count.
+    """
+    by_beginning = {peer_id[:OBSERVED_ID_BYTES]: peer_id for peer_id in announcements}
+    votes: dict[bytes, list[float]] = {}
+    for peer_id, share in own.items():
+        votes.setdefault(peer_id, []).append(share)
+    for observer, announcement in announcements.items():
+        for beginning, percent in announcement.observed:
+            peer_id = by_beginning.get(beginning)
+            if peer_id is not None and peer_id != observer:
+                heard = votes.setdefault(peer_id, [])
+                if len(heard) < _MAX_VOTES:
+                    heard.append(percent / 100)
+    return votes

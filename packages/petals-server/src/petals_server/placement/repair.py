@@ -11,7 +11,7 @@ def plan_repair(servers: Sequence[Placed], num_blocks: int) -> dict[bytes, int]:
     """Where each server (by peer id) should start so that as many blocks as possible are held and little is loaded.
 
     Servers keep their order along the model. Everybody who sees the same servers finds the same plan. If the plan
-    lights all blocks and a server's new place differs, then there is always one that can go there without leaving a block
+    lights all blocks and some places differ, then one of these servers can always go without leaving a block
     dark: of those that move right, the leftmost whose left neighbours are in place, and the other way round.
     O(servers x blocks^2).
     """
