@@ -1,0 +1,214 @@
+"""Server processes that start at once, because everything that takes long to import is there already.
+
+A nursery is a process that imports torch, Transformers and the server, starts nothing, and then forks a child for each
+server that it is asked for. The children are servers as ``petals-server serve`` runs them, through the public class,
+each a process of its own with its own key, port, event loop and threads; what they save is 2 to 4 s of importing on
+every start. POSIX only.
+
+    nursery = Nursery(folder)
+    pid = nursery.start(Birth(...))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+START_TIMEOUT_S: Final = 120.0
+_IMPORTED: Final = "imported"
+_BORN: Final = "born"
+_READY: Final = "ready"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Birth:
+    """A server to start."""
+
+    number: int
+    """By which its owner knows it; one of a number lives at a time."""
+    model: str
+    start: int
+    end: int
+    port: int
+    initial_peers: Sequence[str]
+    torch_dtype: str = "float32"
+    cache_tokens: int = 16_384
+
+
+class NurseryError(Exception):
+    """The nursery ended, or a server did not start; the text says where to look."""
+
+
+class Nursery:
+    """Starts servers and knows which of them are ready. Leaving the context kills all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        """``folder`` takes the servers' keys, and what they print."""
+        self._folder = folder
+        self._changed = threading.Condition()
+        self._pids: dict[int, int] = {}
+        self._ready: set[int] = set()
+        """Process ids."""
+        self._is_over = False
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self._is_imported = False
+        self._reader = threading.Thread(target=self._read, name="nursery", daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def wait_until_imported(self) -> None:
+        """Wait until servers start at once."""
+        self._wait(lambda: self._is_imported, "the nursery did not import in time")
+
+    def start(self, birth: Birth) -> int:
+        """Fork a server and return its process id; it loads while this returns."""
+        self.wait_until_imported()
+        with self._changed:
+            self._pids.pop(birth.number, None)
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(asdict(birth)) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise NurseryError("the nursery has ended") from None
+        self._wait(lambda: birth.number in self._pids, f"server {birth.number} was not forked")
+        return self._pids[birth.number]
+
+    def is_ready(self, pid: int) -> bool:
+        """Whether the server of that process has announced itself."""
+        with self._changed:
+            return pid in self._ready
+
+    def wait_until_ready(self, pid: int) -> None:
+        """Wait for that."""
+        self._wait(lambda: pid in self._ready, f"the server of process {pid} is not ready, see {self._folder}")
+
+    def close(self) -> None:
+        """Kill all servers and the nursery."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join()
+
+    def _wait(self, is_so: Callable[[], bool], complaint: str) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: is_so() or self._is_over, START_TIMEOUT_S) or not is_so():
+                raise NurseryError(complaint)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            for line in output:
+                word, *numbers = line.split()
+                with self._changed:
+                    match word, numbers:
+                        case "imported", []:
+                            self._is_imported = True
+                        case "born", [number, pid]:
+                            self._pids[int(number)] = int(pid)
+                        case "ready", [pid]:
+                            self._ready.add(int(pid))
+                        case _:
+                            pass
+                    self._changed.notify_all()
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+
+
+# --- the nursery's own process ----------------------------------------------------------------------------------------
+
+
+def _tell(*words: object) -> None:
+    """One write, so that lines of several processes do not mix."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def _raise_servers(folder: Path) -> None:
+    import torch  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import petals_server.handlers
+    import petals_server.loading
+    import petals_server.server  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a server ended
+    _tell(_IMPORTED)
+    for line in sys.stdin:
+        birth = Birth(**json.loads(line))
+        pid = os.fork()
+        if pid == 0:
+            _live(birth, folder)
+        _tell(_BORN, birth.number, pid)
+
+
+def _live(birth: Birth, folder: Path) -> None:
+    """Be a server until the process is killed."""
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        log = os.open(folder / f"server-{birth.number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        from petals_core.net.loop import new_event_loop
+
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_serve(birth, folder))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+async def _serve(birth: Birth, folder: Path) -> None:
+    from petals_core.addresses import Address
+    from petals_core.identity import Identity
+    from petals_server.config import ServerConfig
+    from petals_server.server import Server
+
+    config = ServerConfig(
+        model=birth.model,
+        blocks=(birth.start, birth.end),
+        host="127.0.0.1",
+        port=birth.port,
+        identity=Identity.load(folder / f"server-{birth.number}.key"),
+        initial_peers=tuple(map(Address.parse, birth.initial_peers)),
+        torch_dtype=birth.torch_dtype,
+        num_threads=1,
+        cache_tokens=birth.cache_tokens,
+    )
+    async with Server(config):
+        _tell(_READY, os.getpid())
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    _raise_servers(Path(sys.argv[1]))
