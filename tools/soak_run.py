@@ -292,7 +292,7 @@ def format_outcome(outcome: Outcome) -> str:
         )
         late_ms = 1000 * times_s[int(0.99 * (len(times_s) - 1))]
         lines.append(
-            f"{len(times_s)} tokens: median {1000 * statistics.median(times_s):.1f} ms, 99 % within {late_ms:.0f} ms, longest "
-            f"{times_s[-1]:.2f} s; {stalls or 'no stalls'}"
+            f"{len(times_s)} tokens: median {1000 * statistics.median(times_s):.1f} ms, 99 % within {late_ms:.0f} ms, "
+            f"longest {times_s[-1]:.2f} s; {stalls or 'no stalls'}"
         )
     return "\n".join([*lines, *outcome.failed[:10]])

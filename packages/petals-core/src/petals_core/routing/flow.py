@@ -9,13 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from petals_core.identity import PeerId
-from petals_core.routing.graph import Chain, Server
-from petals_core.routing.planner import cost_of, plan_chain
+from petals_core.routing.graph import Chain, Server, find_gaps
+from petals_core.routing.planner import Lattice, cost_of, plan_chain
 
 _ROUNDS: Final = 12
 _MAX_DETOUR: Final = 8.0
 """Chains that cost more than this many times the cheapest would only hold a batch's last parts up."""
+_MAX_SERVERS: Final = 64
+"""Servers among which a batch is divided."""
 _MAX_LOAD: Final = 100.0
 _MIN_UNIT_S: Final = 1e-9
 
@@ -42,7 +46,7 @@ def split_flow(
     Raises:
         MissingBlocksError: some blocks are held by no server.
     """
-    known = {server.peer_id: server for server in servers}
+    known = {server.peer_id: server for server in _choose(list(servers), start, end, max_chains)}
     busy_s: defaultdict[PeerId, float] = defaultdict(float)
     """How long each server computes on the parts so far."""
     parts: Counter[Chain] = Counter()
@@ -64,6 +68,15 @@ def split_flow(
             busy_s[hop.peer_id] += (hop.end - hop.start) * known[hop.peer_id].block_s
     total = parts.total()
     return tuple(Branch(chain=chain, share=count / total) for chain, count in parts.most_common())
+
+
+def _choose(servers: list[Server], start: int, end: int, max_chains: int) -> list[Server]:
+    """Those that are in the cheapest chains, so that planning many times does not take long."""
+    held = [server for server in servers if server.start < end and server.end > start]
+    if len(held) <= _MAX_SERVERS or max_chains == 1 or find_gaps([(s.start, s.end) for s in held], start, end):
+        return held
+    costs = Lattice(held, start, end).cheapest_through()
+    return [held[index] for index in np.argsort(costs, kind="stable")[:_MAX_SERVERS]]
 
 
 def _with_load(server: Server, load: float) -> Server:
