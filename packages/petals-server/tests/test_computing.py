@@ -44,7 +44,7 @@ def test_steps_of_a_session_equal_one_forward(model: Path) -> None:
     async def run() -> list[torch.Tensor]:
         async with served(model) as client:
             session = await client.open()
-            assert session.opened.cache_tokens_left == 1000 - 64 - client.server.model.state_tokens
+            assert session.opened.cache_tokens_left == 1000 - 16 - client.server.model.state_tokens
             parts = [await session.step([states[a:b]]) for a, b in ((0, 7), (7, 8), (8, 9), (9, 12))]
             assert session.last_result is not None
             assert session.last_result.compute_us > 0

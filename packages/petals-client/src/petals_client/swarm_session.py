@@ -21,6 +21,7 @@ from petals_client.swarm import Swarm, explain_failure
 from petals_client.trace import HopTrace, StepTrace
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import (
+    CacheLostError,
     Disposition,
     InvalidRequestError,
     MissingBlocksError,
@@ -181,6 +182,10 @@ class SwarmSession:
         """
         if self._is_closed:
             raise InvalidRequestError("the session was closed while a step was under way")
+        if isinstance(error, CacheLostError):
+            self._num_refusals += 1
+            if self._num_refusals <= _MAX_REFUSALS:
+                error = None  # it made room for others, and may be asked for it again
         if error is not None and error.disposition is Disposition.RETRY_SAME and broken.num_under_way == 1:
             self._num_refusals += 1
             if self._num_refusals <= _MAX_REFUSALS:

@@ -170,6 +170,13 @@ class TuningExpiredError(PetalsError):
     disposition = Disposition.RETRY_SAME
 
 
+class CacheLostError(PetalsError):
+    """A session's cache is gone and nobody is to blame: open it again, here or elsewhere, and compute it anew."""
+
+    code = "cache_lost"
+    disposition = Disposition.RETRY_SAME
+
+
 # --- the directory ----------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,8 @@ class ServerLimits:
 
     max_sessions: int = 1024
     max_sessions_per_peer: int = 64
+    max_waiting_sessions: int = 1024
+    """Sessions that wait for room to begin; further ones are refused at once."""
     max_idle_s: float = 600.0
     """Silence after which a session is closed."""
     max_forward_tokens: int = 32_768
@@ -42,7 +44,7 @@ class ServerLimits:
     """The same for all clients together."""
     max_tuning_sessions_per_peer: int = 4
     retry_after_s: float = 2.0
-    """What a client that is refused for want of room is told to wait."""
+    """What a client that is refused for want of room is told to wait, where nothing better is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,6 +79,11 @@ class SessionState:
         self.is_broken = False
         """A step failed half-way: what the cache holds is unknown, and the session has to end."""
 
+    def free(self) -> None:
+        """Give the cache up; no step may be under way, and none can follow."""
+        self.is_broken = True
+        self.cache = self.past = None
+
     def crop(self, num_columns: int) -> bool:
         """Forget all columns but the first ``num_columns``, or even more: then what is missing has to be recomputed.
 

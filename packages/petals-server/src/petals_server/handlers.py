@@ -8,6 +8,7 @@ from typing import Final
 
 from petals_core.announcement import DTYPES
 from petals_core.errors import (
+    CacheLostError,
     CancelledByPeerError,
     DeadlineExceededError,
     DrainingError,
@@ -42,7 +43,7 @@ from petals_server.execution import EncodedStates, ForwardWork, PackedStates, Se
 from petals_server.loading import ServedModel
 from petals_server.positions import check_positions
 from petals_server.scheduling import Urgency
-from petals_server.sessions import SessionTable
+from petals_server.sessions import Reservation, SessionTable
 from petals_server.training_requests import TrainingRequests, is_for_training, read_session_prompts
 
 _FIRST_MESSAGE_TIMEOUT_S: Final = 30.0
@@ -135,8 +136,11 @@ class RequestHandler:
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     async def _serve_session(self, stream: Stream, request: OpenSession, message: Message) -> None:
+        deadline_s = time.monotonic() + request.deadline_ms / 1000
         span = await self._find_span(request.fingerprint, request.start, request.end)
-        reservation = self.sessions.open(stream.peer_id, num_rows=request.num_rows, max_length=request.max_length)
+        reservation = await self.sessions.open(
+            stream.peer_id, num_rows=request.num_rows, max_length=request.max_length, deadline_s=deadline_s
+        )
         try:
             session = SessionState(
                 span,
@@ -145,25 +149,30 @@ class RequestHandler:
                 prompts=read_session_prompts(request, message, span),
                 adapters=self.training.find_session_adapters(stream.peer_id, request, span),
             )
+            reservation.on_evicted = session.free
             await stream.send(SessionOpened(cache_tokens_left=self.sessions.cache_tokens_left))
             while True:
                 try:
                     message = await stream.receive(timeout_s=self._limits.max_idle_s)
                 except DeadlineExceededError:
-                    raise DeadlineExceededError(
+                    raise CacheLostError(
                         f"the session was idle for {self._limits.max_idle_s:.0f} s and is closed: open a new one"
                     ) from None
                 try:
-                    await self._serve_step(stream, session, message)
+                    await self._serve_step(stream, session, reservation, message)
                 except PetalsError as error:
                     # A step that was refused before it began has changed nothing, so the session goes on.
-                    if session.is_broken or isinstance(error, (PeerConnectionError, CancelledByPeerError)):
+                    if session.is_broken or isinstance(
+                        error, (PeerConnectionError, CancelledByPeerError, CacheLostError)
+                    ):
                         raise
                     await stream.fail(error, end=False)
         finally:
             self.sessions.close(reservation)
 
-    async def _serve_step(self, stream: Stream, session: SessionState, message: Message) -> None:
+    async def _serve_step(
+        self, stream: Stream, session: SessionState, reservation: Reservation, message: Message
+    ) -> None:
         arrived_s = time.monotonic()
         step = message.body
         if not isinstance(step, Step):
@@ -175,16 +184,22 @@ class RequestHandler:
                 lengths = [lengths[row] for row in step.row_order]
             check_positions(step.row_tokens, step.position_runs, self.model.max_positions, row_lengths=lengths)
         num_columns = step.keep + max(step.row_tokens)
+        deadline_s = arrived_s + step.deadline_ms / 1000
         work = StepWork(
             session,
             self.model.threads,
             states,
             keep=step.keep,
             row_order=step.row_order,
-            deadline_s=arrived_s + step.deadline_ms / 1000,
+            deadline_s=deadline_s,
             max_turn_tokens=min(self._max_turn_tokens, self.model.max_scores // max(1, num_columns)),
         )
-        result = await self._engine.compute(work)
+        num_rows = session.ledger.num_rows
+        await self.sessions.grow(reservation, self.sessions.count_tokens(num_rows, num_columns), deadline_s=deadline_s)
+        try:
+            result = await self._engine.compute(work)
+        finally:
+            self.sessions.settle(reservation, self.sessions.count_tokens(num_rows, session.ledger.num_columns))
         stream.priority = Priority.DECODE if work.urgency is Urgency.DECODE else Priority.BULK
         await stream.send(
             StepResult(
