@@ -21,8 +21,8 @@ def release_memory() -> None:
 class HeapTrimmer:
     """Keeps the allocator from holding more than some MiB beside what is in use, while many tensors come and go.
 
-    glibc gives large blocks back when they are freed, but learns from each (up to 32 MiB) and takes the next ones of that
-    size from its heap. There it keeps what lies below something in use: of weights that are converted one by one, the
+    glibc gives large blocks back when they are freed, but learns from each (up to 32 MiB) and takes the next ones of
+    that size from its heap. There it keeps what lies below something in use: of weights that are converted one by one, the
     gaps between the results may add up to the size of all sources.
     """
 
