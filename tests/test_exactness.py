@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 
-from petals_client import AutoDistributedModel, AutoDistributedModelForCausalLM
+from petals_client import AutoDistributedModel, AutoDistributedModelForCausalLM, ClientOptions
 
-FAMILIES = ("llama", "bloom", "mixtral")
-DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
+FAMILIES = ("llama", "bloom", "mixtral", "demo")
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(request: pytest.FixtureRequest, shared_swarm: Any, checkpoints: Any) -> Iterator[tuple[Any, Any]]:
+def pair(request: pytest.FixtureRequest, pairs: Any) -> Any:
     """A distributed model and the same as Transformers loads it."""
-    folder = checkpoints(request.param)
-    swarm = shared_swarm(request.param)
-    model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=swarm.initial_peers)
-    yield model, AutoModelForCausalLM.from_pretrained(folder).eval()
-    model.close()
+    return pairs(request.param)
 
 
 def batch(seed: int, rows: int, width: int) -> torch.Tensor:
@@ -44,8 +40,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((actual - expected).abs().max()) <= limit
 
 
-def test_the_class_is_that_of_transformers(pair: tuple[Any, Any]) -> None:
-    model, local = pair
+def test_the_class_is_that_of_transformers(pair: Any) -> None:
+    model, local = pair.both
     assert isinstance(model, type(local))
     assert type(model).__name__ == type(local).__name__
     assert model.config.num_hidden_layers == local.config.num_hidden_layers
@@ -55,16 +51,16 @@ def test_the_class_is_that_of_transformers(pair: tuple[Any, Any]) -> None:
 
 
 @torch.no_grad()
-def test_logits(pair: tuple[Any, Any]) -> None:
-    model, local = pair
+def test_logits(pair: Any) -> None:
+    model, local = pair.both
     inputs = batch(0, 2, 9)
     assert_close(model(inputs).logits, local(inputs).logits)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("on_the_left", [True, False])
-def test_logits_of_padded_batches(pair: tuple[Any, Any], on_the_left: bool) -> None:
-    model, local = pair
+def test_logits_of_padded_batches(pair: Any, on_the_left: bool) -> None:
+    model, local = pair.both
     inputs, mask = pad(batch(1, 3, 8), [8, 3, 5], on_the_left=on_the_left)
     actual = model(inputs, attention_mask=mask).logits
     expected = local(inputs, attention_mask=mask).logits
@@ -72,8 +68,8 @@ def test_logits_of_padded_batches(pair: tuple[Any, Any], on_the_left: bool) -> N
 
 
 @torch.no_grad()
-def test_logits_with_positions_of_the_caller(pair: tuple[Any, Any]) -> None:
-    model, local = pair
+def test_logits_with_positions_of_the_caller(pair: Any) -> None:
+    model, local = pair.both
     if model.config.model_type == "bloom":
         pytest.skip("bloom has no positions")
     inputs = batch(2, 2, 6)
@@ -84,13 +80,12 @@ def test_logits_with_positions_of_the_caller(pair: tuple[Any, Any]) -> None:
 
 
 @torch.no_grad()
-def test_a_batch_larger_than_one_request(pair: tuple[Any, Any], shared_swarm: Any, checkpoints: Any) -> None:
-    from petals_client import ClientOptions
-
-    local = pair[1]
-    family = local.config.model_type
-    options = ClientOptions.make(initial_peers=shared_swarm(family).initial_peers, max_tokens_per_request=10)
-    model = AutoDistributedModelForCausalLM.from_pretrained(checkpoints(family), initial_peers=[], options=options)
+def test_a_batch_larger_than_one_request(pair: Any) -> None:
+    local = pair.local
+    options = ClientOptions.make(initial_peers=pair.swarm.initial_peers, max_tokens_per_request=10)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        pair.folder, initial_peers=[], options=options, dtype=torch.float32
+    )
     try:
         inputs, mask = pad(batch(3, 5, 8), [8, 3, 5, 1, 8], on_the_left=True)
         assert_close(
@@ -106,18 +101,40 @@ def test_a_batch_larger_than_one_request(pair: tuple[Any, Any], shared_swarm: An
         model.close()
 
 
-def test_greedy_tokens(pair: tuple[Any, Any]) -> None:
-    model, local = pair
+def test_greedy_tokens(pair: Any) -> None:
+    model, local = pair.both
     inputs = batch(4, 1, 7)
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    options = {**GREEDY, "max_new_tokens": 24}
     assert torch.equal(model.generate(inputs, **options), local.generate(inputs, **options))
 
 
-def test_greedy_tokens_of_a_left_padded_batch(pair: tuple[Any, Any]) -> None:
-    model, local = pair
+def test_greedy_tokens_of_a_left_padded_batch(pair: Any) -> None:
+    model, local = pair.both
     inputs, mask = pad(batch(5, 3, 8), [2, 8, 5], on_the_left=True)
-    options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    options = {**GREEDY, "attention_mask": mask, "max_new_tokens": 16}
     assert torch.equal(model.generate(inputs, **options), local.generate(inputs, **options))
+
+
+def test_greedy_tokens_of_a_session_that_is_cut_back(pair: Any) -> None:
+    model, local = pair.both
+    first, second, third = (batch(seed, 2, width) for seed, width in ((7, 6), (8, 4), (9, 2)))
+    options = {**GREEDY, "max_new_tokens": 8}
+
+    def expected(*parts: torch.Tensor) -> torch.Tensor:
+        """What the local model says to all of it at once."""
+        inputs = torch.cat(parts, dim=1)
+        outputs: torch.Tensor = local.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+        return outputs[:, inputs.shape[1] :]
+
+    with model.inference_session(max_length=64) as session:
+        before = model.generate(first, **options)
+        session.truncate(session.position - 5)
+        kept = before[:, : session.position]
+        middle = model.generate(second, **options)
+        last = model.generate(third, **options)
+    assert torch.equal(before[:, 6:], expected(first))
+    assert torch.equal(middle[:, 4:], expected(kept, second))
+    assert torch.equal(last[:, 2:], expected(kept, middle, third))
 
 
 @torch.no_grad()
@@ -129,23 +146,5 @@ def test_hidden_states_of_a_base_model(shared_swarm: Any, checkpoints: Callable[
         inputs = batch(6, 2, 5)
         assert type(model).__name__ == "LlamaModel"
         assert_close(model(inputs).last_hidden_state, local(inputs).last_hidden_state)
-    finally:
-        model.close()
-
-
-@pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reason="the demo model is not there")
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_demo_model(new_swarm: Any, seed: int) -> None:
-    swarm = new_swarm()
-    for start, end in ((0, 3), (3, 4), (4, 8)):
-        swarm.add(DEMO, start, end, torch_dtype="float32")
-    model = AutoDistributedModelForCausalLM.from_pretrained(
-        DEMO, initial_peers=swarm.initial_peers, dtype=torch.float32
-    )
-    try:
-        local = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
-        inputs = torch.randint(3, local.config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(seed))
-        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        assert torch.equal(model.generate(inputs, **options), local.generate(inputs, **options))
     finally:
         model.close()

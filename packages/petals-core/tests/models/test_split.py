@@ -372,11 +372,14 @@ def test_what_multiplies_embeddings_is_found(multiplier: float) -> None:
     assert architecture.multipliers == ("embedding_multiplier",)
 
 
-def test_devices_that_are_not_here() -> None:
+def test_devices_that_are_not_here_or_can_not_compute() -> None:
     for device in ("cuda:99", "nonesuch"):
         with pytest.raises(DeviceError, match="there is no device") as raised:
             check_device(device, torch.float32)
         one_line(raised)
+    with pytest.raises(DeviceError, match="cpu can't compute in float8_e4m3fn") as raised:
+        check_device("cpu", torch.float8_e4m3fn)
+    one_line(raised)
     assert check_device("cpu", torch.bfloat16) == torch.device("cpu")
 
 
