@@ -50,6 +50,11 @@ BlockedServers = Annotated[
     list[str] | None,
     typer.Option("--blocked-servers", help="Peer id of a server never to use; may be repeated.", metavar="ID"),
 ]
+Speculation = Annotated[str, typer.Option(help="Where drafts come from: auto, lookup, draft or off.")]
+DraftModel = Annotated[
+    str | None, typer.Option(help="A small model with the same tokenizer that drafts here.", show_default=False)
+]
+Compression = Annotated[str, typer.Option(help="Of what is sent: auto (where it arrives earlier), none or zstd.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what happens, and tracebacks.")]
 
 
@@ -62,6 +67,9 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    speculation: Speculation = "auto",
+    draft_model: DraftModel = None,
+    compression: Compression = "auto",
     torch_dtype: TorchDtype = "auto",
     revision: Revision = None,
     swarm_key_file: SwarmKeyFile = None,
@@ -71,7 +79,7 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Continue a text and print it as it comes."""
-    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
+    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression)
     client = _connect(model, options, torch_dtype, revision, verbose)
     with client:
         from petals_client.client import generation_settings, seeded
@@ -79,6 +87,7 @@ def generate(
         from petals_client.trace import format_trace
 
         settings = generation_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        settings |= {"speculation": speculation, "draft_model": draft_model}
         inputs = client.encode(prompt)
         max_length = inputs["input_ids"].shape[1] + max_new_tokens
         with client.model.inference_session(max_length=max_length) as session, seeded(seed):
@@ -97,6 +106,9 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
     max_length: Annotated[int, typer.Option(help="Tokens that the conversation may have.")] = 4096,
+    speculation: Speculation = "auto",
+    draft_model: DraftModel = None,
+    compression: Compression = "auto",
     torch_dtype: TorchDtype = "auto",
     revision: Revision = None,
     swarm_key_file: SwarmKeyFile = None,
@@ -108,7 +120,8 @@ def chat(
     from petals_client.client import generation_settings
 
     settings = generation_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
+    settings |= {"speculation": speculation, "draft_model": draft_model}
+    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression)
     client = _connect(model, options, torch_dtype, revision, verbose)
     console = stderr_console()
     with client:
@@ -190,6 +203,7 @@ def _options(
     swarm_key_file: Path | None,
     allowed_servers: list[str] | None,
     blocked_servers: list[str] | None,
+    compression: str = "auto",
 ) -> ClientOptions:
     """Check what can be checked before anything heavy is imported."""
     from petals_client.options import ClientOptions
@@ -199,6 +213,7 @@ def _options(
         swarm_key_file=swarm_key_file,
         allowed_servers=tuple(allowed_servers) if allowed_servers else None,
         blocked_servers=tuple(blocked_servers or ()),
+        compression=compression,
     )
 
 

@@ -14,6 +14,7 @@ from petals_core.announcement import DTYPES, QUANTIZATIONS, SignedAnnouncement
 from petals_core.errors import ConfigurationError
 from petals_core.limits import MIB
 from petals_core.swarm_key import SwarmKey
+from petals_core.wire.compression import MODES, Mode
 
 ACTIVATION_CODECS = ("float32", "float16", "bfloat16", "int8")
 GRADIENT_ENCODINGS = ("float32", "float16", "bfloat16", "int8")
@@ -47,6 +48,10 @@ class ClientOptions:
     activation_codec: str | None = None
     """How hidden states travel to and fro: ``float16``, ``bfloat16`` or ``int8``, which loses precision; None: exactly
     as they are."""
+    compression: Mode = "auto"
+    """Whether hidden states and gradients that are sent are compressed, which loses nothing: ``auto`` where they arrive
+    earlier that way by the measured rate of the link, ``none`` or ``zstd``. With ``auto`` an ``activation_codec`` of
+    ``int8`` is not used either on links so fast that it would only cost time."""
     allowed_quantization: tuple[str, ...] | None = None
     """Forms of weights that servers may run (``none``, ``int8``, ``nf4``); None: any, and what is lossy is said."""
     allowed_dtypes: tuple[str, ...] | None = None
@@ -65,6 +70,8 @@ class ClientOptions:
             raise ConfigurationError(
                 f"activation_codec {self.activation_codec!r} is none of {', '.join(ACTIVATION_CODECS)}"
             )
+        if self.compression not in MODES:
+            raise ConfigurationError(f"compression {self.compression!r} is none of {', '.join(MODES)}")
         for name, known in (("allowed_quantization", QUANTIZATIONS), ("allowed_dtypes", DTYPES)):
             _check_choice(name, getattr(self, name), known)
         for name in ("allowed_servers", "blocked_servers"):

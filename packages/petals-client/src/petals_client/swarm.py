@@ -63,7 +63,10 @@ class Swarm:
         self._quantization = quantization
         self._rng = rng or random.Random()
         self._dialer = Dialer(
-            identity=identity, swarm_key=options.swarm_key, connect_timeout_s=options.connect_timeout_s
+            identity=identity,
+            swarm_key=options.swarm_key,
+            connect_timeout_s=options.connect_timeout_s,
+            compression=options.compression,
         )
         self.measurements = Measurements(self.connect, blame=self.blame, rng=self._rng)
         self._warned_dtypes: set[str] = set()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Final, NoReturn, cast
 
 # Waiting OpenMP threads sleep instead of spinning: three servers on two cores otherwise spend three times as long on a
 # step as they compute. Must be set before torch is imported.
@@ -25,6 +25,7 @@ from petals_core.errors import ConfigurationError
 from petals_core.identity import Identity
 from petals_core.swarm_key import SwarmKey
 from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
+from petals_core.wire.compression import Mode
 from petals_server.config import ServerConfig, parse_blocks, parse_size
 
 log = logging.getLogger("petals_server")
@@ -130,6 +131,12 @@ def serve(
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", help="Threads that compute [measured].")
     ] = None,
+    compression: Annotated[
+        str,
+        typer.Option(
+            "--compression", metavar="WHEN", help="Of what is sent: auto (where it arrives earlier), none or zstd."
+        ),
+    ] = "auto",
     identity: Annotated[
         Path | None,
         typer.Option("--identity", metavar="FILE", help="This server's key; made if there is none [one of yours]."),
@@ -177,6 +184,7 @@ def serve(
         public_name=public_name,
         cache_tokens=attn_cache_tokens,
         num_threads=threads,
+        compression=cast(Mode, compression),
     )
     _set_up_logging(verbose=verbose)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -11,6 +11,7 @@ from petals_core.errors import ConfigurationError
 from petals_core.identity import Identity
 from petals_core.limits import MAX_BLOCKS, MAX_NAME_CHARS
 from petals_core.swarm_key import SwarmKey
+from petals_core.wire.compression import MODES, Mode
 
 DEFAULT_PORT = 31330
 TORCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -90,6 +91,8 @@ class ServerConfig:
     """Tokens that the attention caches of all sessions may hold together; None: by free memory."""
     num_threads: int | None = None
     """Threads of the device's computing; None: measured."""
+    compression: Mode = "auto"
+    """Of hidden states and gradients that are sent: ``auto`` where they arrive earlier that way; never lossy."""
     announce_interval_s: float = 40.0
     announce_lifetime_s: float = 120.0
     limits: ServerLimits = ServerLimits()
@@ -109,6 +112,8 @@ class ServerConfig:
             raise ConfigurationError(f"--torch-dtype {self.torch_dtype} is none of {', '.join(TORCH_DTYPES)}")
         if self.quantization not in QUANTIZATIONS:
             raise ConfigurationError(f"--quantization {self.quantization} is none of {', '.join(QUANTIZATIONS)}")
+        if self.compression not in MODES:
+            raise ConfigurationError(f"--compression {self.compression} is none of {', '.join(MODES)}")
         for option, host in (("--host", self.host), ("--announce-host", self.announce_host)):
             if host is not None:
                 try:

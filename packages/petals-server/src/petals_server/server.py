@@ -207,7 +207,11 @@ class Server:
             )
         )
         self._listener = await Listener.start(
-            identity=self._identity, handler=self._serve, swarm_key=config.swarm_key, sock=tcp
+            identity=self._identity,
+            handler=self._serve,
+            swarm_key=config.swarm_key,
+            sock=tcp,
+            compression=config.compression,
         )
         resources.push_async_callback(self._listener.close)
         self.address = Address(

@@ -12,7 +12,9 @@ from petals_core.errors import DeadlineExceededError, InvalidRequestError, PeerC
 from petals_core.identity import PeerId
 from petals_core.limits import WireLimits
 from petals_core.net.link import Link
+from petals_core.net.packing import Packer
 from petals_core.net.stream import Stream
+from petals_core.wire.compression import Mode
 from petals_core.wire.connection import (
     Connection,
     ConnectionClosed,
@@ -49,6 +51,7 @@ class PeerConnection:
         address: Address,
         limits: WireLimits,
         rtt_s: float,
+        compression: Mode = "none",
         on_stream: Callable[[Stream], None] | None = None,
         on_closed: Callable[[PeerConnection], None] | None = None,
     ) -> None:
@@ -58,6 +61,8 @@ class PeerConnection:
         """Of the other end, as it was dialled or as its packets come from."""
         self.rtt_s = rtt_s
         """Smoothed round trip time in seconds, from the hello and the pings."""
+        self.packer = Packer(compression, link.rate)
+        """What is done to outgoing tensors."""
         self._loop = asyncio.get_running_loop()
         self.wire = Connection(
             is_dialer=is_dialer, local_limits=limits, remote_limits=hello.remote_limits, now=time.monotonic()
@@ -90,6 +95,11 @@ class PeerConnection:
     def num_streams(self) -> int:
         """Streams that are open."""
         return self.wire.num_streams
+
+    @property
+    def rate_bytes_per_s(self) -> float | None:
+        """How fast the link takes bytes; None while nothing has had to wait."""
+        return self._link.rate.bytes_per_s
 
     def open_stream(self, priority: Priority = Priority.BULK) -> Stream:
         """Open a stream. The peer learns of it with the first message.

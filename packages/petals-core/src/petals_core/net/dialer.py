@@ -19,6 +19,7 @@ from petals_core.net.race import race
 from petals_core.net.tasks import BackgroundTasks
 from petals_core.net.tls import dialer_context
 from petals_core.swarm_key import SwarmKey
+from petals_core.wire.compression import Mode
 from petals_core.wire.hello import NONCE_BYTES, DialerHello, HelloResult
 
 __all__ = ["Dialer", "PeerConnection"]
@@ -40,9 +41,12 @@ class Dialer:
         swarm_key: SwarmKey | None = None,
         limits: WireLimits | None = None,
         connect_timeout_s: float = 5.0,
+        compression: Mode = "none",
     ) -> None:
+        """``compression`` is of tensors that are sent."""
         self.connect_timeout_s = connect_timeout_s
         """For looking up names, connecting and authenticating together."""
+        self._compression: Mode = compression
         self._identity = identity
         self._swarm_key = swarm_key
         self._limits = dataclasses.replace(limits or WireLimits(), max_streams=0)
@@ -154,6 +158,7 @@ class Dialer:
                 address=address,
                 limits=self._limits,
                 rtt_s=rtt_s,
+                compression=self._compression,
                 on_closed=self._forget,
             )
         except BaseException as error:

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
 from petals_core.errors import PeerConnectionError, PetalsError
 from petals_core.net.tls import TlsChannel
+from petals_core.wire.link_rate import LinkRate
 from petals_core.wire.messages import Buffer
 
 _HIGH_WATER_BYTES = 128 * 1024
@@ -41,6 +43,10 @@ class Link(asyncio.BufferedProtocol):
         """Whether the transport wants no more bytes for now."""
         self.remote: tuple[str, int] = ("", 0)
         """IP address and port of the other end."""
+        self.rate = LinkRate()
+        """What this link takes of what has to wait."""
+        self._paused_at_s = 0.0
+        self._waiting_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._open_links = open_links
         self._on_made = on_made
@@ -104,9 +110,14 @@ class Link(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self.is_paused = True
+        if self._transport is not None:
+            self._paused_at_s, self._waiting_bytes = time.perf_counter(), self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self.is_paused = False
+        if self._transport is not None:
+            taken = self._waiting_bytes - self._transport.get_write_buffer_size()
+            self.rate.note(taken, time.perf_counter() - self._paused_at_s)
         self._on_writable()
 
     def eof_received(self) -> None:

@@ -29,6 +29,7 @@ from petals_core.net.stream import EndOfStreamError, Stream
 from petals_core.net.tasks import BackgroundTasks
 from petals_core.net.tls import listener_context
 from petals_core.swarm_key import SwarmKey
+from petals_core.wire.compression import Mode
 from petals_core.wire.hello import NONCE_BYTES, ListenerHello
 
 Handler = Callable[[Stream], Awaitable[None]]
@@ -56,8 +57,10 @@ class Listener:
         swarm_key: SwarmKey | None = None,
         limits: WireLimits | None = None,
         listener_limits: ListenerLimits | None = None,
+        compression: Mode = "none",
     ) -> None:
-        """Prepare; ``start`` is what opens the port."""
+        """Prepare; ``start`` is what opens the port. ``compression`` is of tensors that are sent."""
+        self._compression: Mode = compression
         self._identity = identity
         self._handler = handler
         self._swarm_key = swarm_key
@@ -86,6 +89,7 @@ class Listener:
         sock: socket.socket | None = None,
         limits: WireLimits | None = None,
         listener_limits: ListenerLimits | None = None,
+        compression: Mode = "none",
     ) -> Self:
         """Listen on ``host`` and ``port`` (0: any free one), or on a bound TCP socket that is given.
 
@@ -95,7 +99,14 @@ class Listener:
         Raises:
             ConfigurationError: the host is no address of this machine, or the port can't be used.
         """
-        listener = cls(identity, handler, swarm_key=swarm_key, limits=limits, listener_limits=listener_limits)
+        listener = cls(
+            identity,
+            handler,
+            swarm_key=swarm_key,
+            limits=limits,
+            listener_limits=listener_limits,
+            compression=compression,
+        )
         if sock is None:
             sock = await _bind(host, port)
         listener.port = sock.getsockname()[1]
@@ -207,6 +218,7 @@ class Listener:
             address=Address(*link.remote),
             limits=self._limits,
             rtt_s=time.monotonic() - greeted_at_s,
+            compression=self._compression,
             on_stream=self._serve,
             on_closed=self._connections.discard,
         )

@@ -30,7 +30,18 @@ class Stream:
     messages that came before it.
     """
 
-    __slots__ = ("_connection", "_ended", "_error", "_handler", "_inbox", "_waiter", "peer_id", "priority", "stream_id")
+    __slots__ = (
+        "_connection",
+        "_ended",
+        "_error",
+        "_handler",
+        "_inbox",
+        "_packing",
+        "_waiter",
+        "peer_id",
+        "priority",
+        "stream_id",
+    )
 
     def __init__(self, connection: PeerConnection, stream_id: int, priority: Priority) -> None:
         self.peer_id: PeerId = connection.peer_id
@@ -40,6 +51,7 @@ class Stream:
         """Of messages sent from now on."""
         self._connection = connection
         self._inbox: deque[MessageReceived] = deque()
+        self._packing = asyncio.Lock()
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._error: PetalsError | None = None
@@ -69,6 +81,11 @@ class Stream:
         if self._error is not None:
             raise _again(self._error)
         connection = self._connection
+        if self._packing.locked() or connection.packer.may_pack(body, payload):
+            async with self._packing:  # fair, so that messages keep their order
+                body, payload = await connection.packer.pack(body, payload)
+            if self._error is not None:
+                raise _again(self._error)
         connection.wire.send_message(self.stream_id, body, payload, end=end, priority=self.priority)
         connection.flush()
         if connection.wire.queued_bytes(self.stream_id):

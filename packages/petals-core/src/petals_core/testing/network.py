@@ -16,6 +16,7 @@ from petals_core.net.listener import Handler, Listener
 from petals_core.net.loop import new_event_loop
 from petals_core.net.stream import Stream
 from petals_core.swarm_key import SwarmKey
+from petals_core.wire.compression import Mode
 
 T = TypeVar("T")
 _MAX_TEST_S = 60.0
@@ -61,6 +62,7 @@ async def serving(
     host: str = "127.0.0.1",
     limits: WireLimits | None = None,
     listener_limits: ListenerLimits | None = None,
+    compression: Mode = "none",
 ) -> AsyncIterator[Listener]:
     """A listener on a free port, that is closed at the end."""
     listener = await Listener.start(
@@ -70,6 +72,7 @@ async def serving(
         host=host,
         limits=limits,
         listener_limits=listener_limits,
+        compression=compression,
     )
     try:
         yield listener
@@ -84,6 +87,7 @@ async def dialing(
     swarm_key: SwarmKey | None = None,
     limits: WireLimits | None = None,
     connect_timeout_s: float = 10.0,
+    compression: Mode = "none",
 ) -> AsyncIterator[Dialer]:
     """A dialer that is closed at the end."""
     dialer = Dialer(
@@ -91,6 +95,7 @@ async def dialing(
         swarm_key=swarm_key,
         limits=limits,
         connect_timeout_s=connect_timeout_s,
+        compression=compression,
     )
     try:
         yield dialer
