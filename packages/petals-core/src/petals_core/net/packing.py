@@ -60,8 +60,8 @@ class Packer:
             packed.extend(parts)
         if not has_changed:
             return body, payload
-        changed: Any = dataclasses.replace(body, tensors=tuple(tuple(spec) for spec in specs))  # type: ignore[call-arg]
-        return changed, packed
+        replace: Any = dataclasses.replace  # the type checker can't know that the body is one with tensors
+        return replace(body, tensors=tuple(tuple(spec) for spec in specs)), packed
 
     async def _compress(self, kind: str, encoding: str, parts: list[memoryview], num_bytes: int) -> memoryview:
         from petals_core.tensors.planes import pack  # NumPy is nothing to a peer that sends no tensors
