@@ -116,6 +116,9 @@ class Nursery:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
 
     def _wait(self, is_so: Callable[[], bool], complaint: str) -> None:
         with self._changed:
@@ -167,6 +170,7 @@ def _raise_servers(folder: Path) -> None:
         if pid == 0:
             _live(birth, folder)
         _tell(_BORN, birth.number, pid)
+    os.killpg(os.getpid(), signal.SIGKILL)  # whoever asked is gone, so all go
 
 
 def _live(birth: Birth, folder: Path) -> None:

@@ -35,18 +35,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     environment.enter()
+    from local_swarm import stopping_in_order
     from soak_run import Settings, format_outcome, run  # imports what is installed in the environment
 
-    outcome = run(
-        Settings(
-            seed=options.seed,
-            num_generations=options.generations,
-            num_tokens=options.tokens,
-            kill_every_s=options.kill_every,
-            restart_after_s=options.restart_after,
-        ),
-        tell=lambda text: print(text, flush=True),
+    settings = Settings(
+        seed=options.seed,
+        num_generations=options.generations,
+        num_tokens=options.tokens,
+        kill_every_s=options.kill_every,
+        restart_after_s=options.restart_after,
     )
+    with stopping_in_order():
+        outcome = run(settings, tell=lambda text: print(text, flush=True))
     print(format_outcome(outcome))
     return 0 if outcome.is_good else 1
 
