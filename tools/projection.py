@@ -1,0 +1,140 @@
+"""A projection, not a measurement: a chain of A100 servers for BLOOM-176B, ``python3 tools/projection.py``.
+
+Nobody here has three A100. The decode step of a chain is modelled as what it consists of:
+
+    step = blocks * compute per block + servers * overhead per hop + (servers + 1) * (delay one way + bytes / rate)
+
+First with the numbers that were published for the earlier Petals, whose one unknown, the overhead of a hop, is taken
+from one published row; the other rows say how good the model is. Then with what a hop of this project was measured to
+add, which says what it would give on the same servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_DEVIATION = 0.10
+NUM_BLOCKS = 70
+HIDDEN_SIZE = 14_336
+NUM_SERVERS = 3
+STATE_BYTES = 2
+"""Of an element of hidden states on the wire, float16."""
+MODEL_STEP_S = 0.284
+"""A token of BLOOM-176B in int8 on A100s, all blocks one after another: 284 ms on four of them, 287 ms on eight
+(https://huggingface.co/blog/bloom-inference-pytorch-scripts, "accelerate int8", batch 1)."""
+ATTENTION_S_PER_TOKEN = 0.0646 / 1920
+"""What the cache's length adds to a step, from the published 1.71 and 1.54 steps/s at 128 and 2,048 tokens."""
+HOP_S = 0.00084
+"""What a hop of this project adds, ``tools/bench_hop.py``, thin model, three servers (docs/benchmarks.md)."""
+TOKENS_PER_TRIP = 2.5
+"""With a draft model that is accepted as often as the demo model's has to be (``tools/bench_speculation.py``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A published figure of the earlier Petals (Borzunov et al., "Petals: Collaborative Inference and Fine-tuning of
+    Large Models", 2023, table 2), with three A100 servers."""
+
+    network: str
+    rate_bits_per_s: float
+    round_trip_s: float
+    num_cached: int
+    steps_per_s: float
+
+
+ROWS = (
+    Row(network="1 Gbit/s, < 5 ms", rate_bits_per_s=1e9, round_trip_s=0.005, num_cached=128, steps_per_s=1.71),
+    Row(network="100 Mbit/s, < 5 ms", rate_bits_per_s=1e8, round_trip_s=0.005, num_cached=128, steps_per_s=1.66),
+    Row(network="100 Mbit/s, 100 ms", rate_bits_per_s=1e8, round_trip_s=0.1, num_cached=128, steps_per_s=1.23),
+    Row(network="1 Gbit/s, < 5 ms", rate_bits_per_s=1e9, round_trip_s=0.005, num_cached=2048, steps_per_s=1.54),
+    Row(network="100 Mbit/s, < 5 ms", rate_bits_per_s=1e8, round_trip_s=0.005, num_cached=2048, steps_per_s=1.49),
+    Row(network="100 Mbit/s, 100 ms", rate_bits_per_s=1e8, round_trip_s=0.1, num_cached=2048, steps_per_s=1.11),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """What a decode step's time consists of."""
+
+    num_servers: int = NUM_SERVERS
+    model_step_s: float = MODEL_STEP_S
+    hop_s: float
+
+    def step_s(self, row: Row) -> float:
+        """Seconds of a step that goes around the ring once."""
+        compute_s = self.model_step_s + ATTENTION_S_PER_TOKEN * (row.num_cached - 128)
+        leg_s = row.round_trip_s / 2 + 8 * HIDDEN_SIZE * STATE_BYTES / row.rate_bits_per_s
+        return compute_s + self.num_servers * self.hop_s + (self.num_servers + 1) * leg_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """A published row, what the model says of it, and what it says of this project; all in tokens per second."""
+
+    row: Row
+    modelled: float
+    ours: float
+    ours_with_drafts: float
+
+    @property
+    def deviation(self) -> float:
+        """Of the model from what was published."""
+        return self.modelled / self.row.steps_per_s - 1
+
+
+def published_hop_s(row: Row = ROWS[0]) -> float:
+    """What a hop of the earlier Petals costs, so that one row comes out as published."""
+    return (1 / row.steps_per_s - Chain(hop_s=0.0).step_s(row)) / NUM_SERVERS
+
+
+def project(hop_s: float, tokens_per_trip: float) -> Sequence[Projection]:
+    """All rows; ``hop_s`` is what a hop of this project adds."""
+    earlier, ours = Chain(hop_s=published_hop_s()), Chain(hop_s=hop_s)
+    return [
+        Projection(
+            row=row,
+            modelled=1 / earlier.step_s(row),
+            ours=1 / ours.step_s(row),
+            ours_with_drafts=tokens_per_trip / ours.step_s(row),
+        )
+        for row in ROWS
+    ]
+
+
+def table(projections: Sequence[Projection], tokens_per_trip: float) -> str:
+    """The rows as a table in Markdown."""
+    lines = [
+        "| network | cached tokens | published, earlier Petals | model of it | deviation | this project, projected "
+        f"| with {tokens_per_trip:g} tokens a trip |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.row.network} | {each.row.num_cached:,} | {each.row.steps_per_s:.2f} | {each.modelled:.2f} | "
+        f"{each.deviation:+.1%} | {each.ours:.2f} | {each.ours_with_drafts:.1f} |"
+        for each in projections
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hop-ms", type=float, default=1e3 * HOP_S, help="added by a hop here (default: %(default)s)")
+    parser.add_argument(
+        "--tokens-per-trip", type=float, default=TOKENS_PER_TRIP, help="with a draft model (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    projections = project(options.hop_ms / 1e3, options.tokens_per_trip)
+    print("PROJECTION: tokens/s of BLOOM-176B in int8 through three A100 servers, one stream. Not measured here.\n")
+    print(table(projections, options.tokens_per_trip))
+    print(
+        f"\nOverhead of a hop: {1e3 * published_hop_s():.0f} ms published (from the first row), {options.hop_ms:g} ms here. "
+        f"Blocks: {1e3 * MODEL_STEP_S:.0f} ms a token, the same for both. Offloading to one A100: 0.18 tokens/s at best."
+    )
+    return 0 if all(abs(each.deviation) <= MAX_DEVIATION for each in projections) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
