@@ -130,8 +130,9 @@ def main() -> int:
     print("PROJECTION: tokens/s of BLOOM-176B in int8 through three A100 servers, one stream. Not measured here.\n")
     print(table(projections, options.tokens_per_trip))
     print(
-        f"\nOverhead of a hop: {1e3 * published_hop_s():.0f} ms published (from the first row), {options.hop_ms:g} ms here. "
-        f"Blocks: {1e3 * MODEL_STEP_S:.0f} ms a token, the same for both. Offloading to one A100: 0.18 tokens/s at best."
+        f"\nOverhead of a hop: {1e3 * published_hop_s():.0f} ms published (from the first row), {options.hop_ms:g} ms "
+        f"here. Blocks: {1e3 * MODEL_STEP_S:.0f} ms a token, the same for both. Offloading to one A100: 0.18 tokens/s "
+        "at best."
     )
     return 0 if all(abs(each.deviation) <= MAX_DEVIATION for each in projections) else 1
 
