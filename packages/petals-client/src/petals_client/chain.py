@@ -6,8 +6,9 @@ Letters: N tokens of all rows, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from petals_core.steps import StepRequest as StepRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,16 +17,6 @@ if TYPE_CHECKING:
     from petals_client.packing import PositionRuns
     from petals_client.routing.explanation import Route
     from petals_client.trace import StepTrace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRequest:
-    """What a session's step does beside computing its tokens; the words are those of the wire's ``Step``."""
-
-    keep: int
-    row_tokens: tuple[int, ...]
-    row_order: tuple[int, ...] | None = None
-    position_runs: PositionRuns | None = None
 
 
 class ChainSession(Protocol):

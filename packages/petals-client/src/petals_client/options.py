@@ -34,7 +34,7 @@ class ClientOptions:
     open_timeout_s: float = 30.0
     """For opening a session, waiting for room in a server's cache included."""
     recovery_timeout_s: float = 60.0
-    """How long a request that has begun waits while no server holds some of its blocks."""
+    """For finding others in the place of servers that failed, waiting while nobody holds some blocks included."""
     refresh_s: float = 20.0
     """Age at which what is known of the servers is looked up again."""
     max_tokens_per_request: int = 2048
@@ -61,7 +61,7 @@ class ClientOptions:
     blocked_servers: tuple[str, ...] = ()
     """Peer ids of servers never to use, or their first characters."""
     history_bytes: int = 256 * MIB
-    """Memory per session and server for what another server would need to take its place."""
+    """Memory per session for what the first server was sent, from which all others can be rebuilt."""
     max_attempts: int = 4
     """Chains that are tried before a request fails."""
 

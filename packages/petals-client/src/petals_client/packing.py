@@ -14,8 +14,8 @@ from torch import Tensor
 
 from petals_client.columns import RowMasks
 from petals_core.errors import InvalidRequestError
+from petals_core.steps import PositionRuns as PositionRuns
 
-PositionRuns = tuple[tuple[tuple[int, int], ...], ...]
 _MAX_RUNS = 1024
 
 

@@ -1,83 +1,77 @@
-"""One session's streams through a chain of servers, and requests without a session. The client carries the states."""
+"""A session with one server of a chain: what goes out on its stream, and a task that reads what comes in."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import dataclasses
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
-import torch
-
-from petals_client.history import StepHistory
-from petals_client.trace import HopTrace
-from petals_core.errors import DeadlineExceededError, ProtocolError
+from petals_core.announcement import SignedAnnouncement
+from petals_core.errors import DeadlineExceededError, PetalsError, ProtocolError
+from petals_core.limits import MIB
 from petals_core.net.dialer import PeerConnection
+from petals_core.net.rpc import call
 from petals_core.net.stream import EndOfStreamError, Stream
 from petals_core.routing.graph import Hop
-from petals_core.tensors.codec import TensorSpec, decode, encode
+from petals_core.steps import StepRequest
+from petals_core.tensors.states import States as States
+from petals_core.tensors.states import read_states as read_states
 from petals_core.wire.frames import Priority
-from petals_core.wire.messages import Buffer, Message, OpenSession, SessionOpened, Step, StepResult
+from petals_core.wire.messages import (
+    SESSION_ID_BYTES,
+    Body,
+    Buffer,
+    Message,
+    OpenSession,
+    Progress,
+    ProgressRequest,
+    Replay,
+    Replayed,
+    Route,
+    Routed,
+    SessionOpened,
+    Step,
+)
 
-if TYPE_CHECKING:
-    from petals_client.chain import StepRequest
-
-_MAX_DECODE_TOKENS = 32
-"""Steps up to this size overtake bulk on the wire."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class States:
-    """Hidden states [N, H] as they travel."""
-
-    spec: TensorSpec
-    payload: Sequence[Buffer]
-
-
-def read_states(message: Message, tensors: Sequence[object], expected: TensorSpec) -> States:
-    """Check that a reply holds states of the shape and dtype that went in.
-
-    Raises:
-        ProtocolError: it does not.
-    """
-    if len(tensors) != 1:
-        raise ProtocolError(f"the server answered with {len(tensors)} tensors instead of one")
-    spec = TensorSpec.from_wire(tensors[0])
-    if spec.shape != expected.shape or spec.dtype != expected.dtype:
-        raise ProtocolError(
-            f"the server answered with {spec.dtype}{list(spec.shape)} to {expected.dtype}{list(expected.shape)}"
-        )
-    payload = message.received_payload
-    if payload.nbytes != spec.num_bytes:
-        raise ProtocolError(f"the server announced {spec.num_bytes} bytes and sent {payload.nbytes}")
-    return States(spec=spec, payload=(payload,))
+_BACKLOG_BYTES = 4 * MIB
+"""Of steps that wait for the network before the sender does."""
+B = TypeVar("B", bound=Body)
+OnMessage = Callable[["HopSession", Message], Awaitable[None]]
+OnFailure = Callable[["HopSession", PetalsError], None]
 
 
 class HopSession:
-    """A session with one server: steps go in, results come out in the same order."""
+    """A session on one server, open until it is closed or ``error`` says what broke it."""
 
-    def __init__(self, hop: Hop, stream: Stream, *, history_bytes: int) -> None:
+    def __init__(self, hop: Hop, server: SignedAnnouncement, connection: PeerConnection, stream: Stream) -> None:
         self.hop = hop
-        self.history: StepHistory[States] = StepHistory(history_bytes)
-        """What has to be sent to another server to bring it where this one is; its user keeps it."""
+        self.server = server
+        self.connection = connection
+        self.session_id = b""
+        self.error: PetalsError | None = None
+        """Why it is of no use any more."""
+        self.is_empty = True
+        """It has computed nothing yet, or nothing that counts."""
+        self.is_cut_off = False
+        """It can't reach the next server, so that the client carries the states between them."""
+        self.stays_until_s = 0.0
+        """Before this time nobody is looked for to take the place of this server, which is about to stop."""
         self._stream = stream
-        self._next_step = 0
-        self._sending = asyncio.Lock()
-        self._receiving = asyncio.Lock()
-        self.num_under_way = 0
-        """Steps that were sent and not answered."""
+        self._route: Route | None = None
+        self._reader: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
         cls,
-        connection: PeerConnection,
         hop: Hop,
+        server: SignedAnnouncement,
+        connection: PeerConnection,
         request: OpenSession,
-        payload: Sequence[Buffer] = (),
+        payload: Sequence[Buffer],
         *,
         timeout_s: float,
-        history_bytes: int,
     ) -> HopSession:
         """Open a stream and the session on it; on failure nothing is left.
 
@@ -97,63 +91,132 @@ class HopSession:
         except BaseException:
             stream.cancel()
             raise
-        return cls(hop, stream, history_bytes=history_bytes)
+        session = cls(hop, server, connection, stream)
+        session.session_id = request.session_id
+        return session
 
-    async def step(self, request: StepRequest, states: States, *, timeout_s: float) -> tuple[States, HopTrace]:
-        """Run one step. Several may be under way, each behind the one that was called before.
+    @staticmethod
+    def new_id() -> bytes:
+        """A random name of a session on one server."""
+        return os.urandom(SESSION_ID_BYTES)
+
+    def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
+        """Hand what comes to its user.
+
+        ``on_failure`` is called for each step that fails, with ``error.attempt`` set, and once when the session breaks.
+        """
+        self._reader = asyncio.create_task(self._read(on_message, on_failure))
+
+    async def send(self, step: Step, payload: Sequence[Buffer]) -> None:
+        """Send a step; waits while much waits for the network already. The payload must not change any more.
 
         Raises:
-            PetalsError: the step failed. The session must then be closed.
+            PetalsError: the session is broken.
         """
-        started_s = time.perf_counter()  # uvloop's clock counts milliseconds
-        stream = self._stream
-        self.num_under_way += 1
-        # The locks are fair, so that replies are received in the order in which the steps were sent.
-        async with self._sending:
-            number = self._next_step
-            self._next_step += 1
-            body = Step(
-                step=number,
-                keep=request.keep,
-                row_tokens=request.row_tokens,
-                row_order=request.row_order,
-                position_runs=request.position_runs,
-                tensors=(states.spec.to_wire(),),
-                deadline_ms=max(1, int(timeout_s * 1000)),
-            )
-            stream.priority = Priority.DECODE if states.spec.shape[0] <= _MAX_DECODE_TOKENS else Priority.BULK
-            await stream.send(body, states.payload, timeout_s=timeout_s)
-        async with self._receiving:
-            try:
-                message = await stream.receive(timeout_s=max(0.0, timeout_s - (time.perf_counter() - started_s)))
-            except DeadlineExceededError:
-                raise DeadlineExceededError(f"no answer to a step within {timeout_s:g} s") from None
-            except EndOfStreamError:
-                raise ProtocolError("it ended the session by itself") from None
-        self.num_under_way -= 1
-        result = message.body
-        if not isinstance(result, StepResult) or result.step != number:
-            raise ProtocolError(f"the server answered step {number} with {type(result).__name__}")
-        output = read_states(message, result.tensors, states.spec)
-        trace = HopTrace(
-            peer_id=self.hop.peer_id,
-            start=self.hop.start,
-            end=self.hop.end,
-            total_s=time.perf_counter() - started_s,
-            queue_s=result.queue_us / 1e6,
-            compute_s=result.compute_us / 1e6,
+        self._stream.priority = Priority.of_step(sum(step.row_tokens))
+        await self._stream.send(step, payload, backlog_bytes=_BACKLOG_BYTES)
+
+    async def route(
+        self,
+        *,
+        attempt: int,
+        previous: HopSession | None,
+        following: HopSession | None,
+        is_last: bool,
+        timeout_s: float,
+    ) -> None:
+        """Tell the server its place in the chain, if it has another one.
+
+        Raises:
+            NextHopError: it can't reach the next one.
+            PetalsError: the session is broken.
+        """
+        route = Route(
+            session_id=self.session_id,
+            attempt=0,
+            deadline_ms=max(1, int(1000 * timeout_s)),
+            is_last=is_last,
+            previous=None if previous is None else previous.hop.peer_id.digest,
+            next=None if following is None else following.server.encoded,
+            next_session=None if following is None else following.session_id,
         )
-        return output, trace
+        told = self._route
+        if told is not None and (told.is_last, told.previous, told.next_session) == (
+            route.is_last,
+            route.previous,
+            route.next_session,
+        ):
+            return
+        self._route = None
+        await self._ask(dataclasses.replace(route, attempt=attempt), Routed, timeout_s)
+        self._route = route
+
+    async def replay(self, *, attempt: int, before: int, passes: int, max_tokens: int, timeout_s: float) -> int | None:
+        """Let the server send its kept outputs to the next; returns the number of the last step of these.
+
+        Raises:
+            OutputsGoneError: it has not kept them.
+            PetalsError: the session is broken.
+        """
+        request = Replay(
+            session_id=self.session_id,
+            attempt=attempt,
+            before=before,
+            passes=passes,
+            max_tokens=max_tokens,
+            deadline_ms=max(1, int(1000 * timeout_s)),
+        )
+        return (await self._ask(request, Replayed, timeout_s)).last
+
+    async def progress(self, *, timeout_s: float) -> Progress:
+        """Ask how far the session is.
+
+        Raises:
+            PetalsError: the session is broken, or nobody answers.
+        """
+        return await self._ask(ProgressRequest(session_id=self.session_id), Progress, timeout_s)
 
     def close(self) -> None:
-        """Tell the server that the session is over; never blocks."""
+        """Tell the server that the session is over; never blocks, idempotent."""
+        if self._reader is not None:
+            self._reader.cancel()
         self._stream.cancel()
 
+    async def _ask(self, request: Body, reply: type[B], timeout_s: float) -> B:
+        message = await call(self.connection, request, reply=reply, priority=Priority.DECODE, timeout_s=timeout_s)
+        assert isinstance(message.body, reply)
+        return message.body
 
-def join_states(parts: list[tuple[tuple[int, ...], States]]) -> States:
-    """Make one packed batch of several of the same rows, given as (row_tokens, states): row by row, in order."""
-    tensors = [decode(each.spec, bytes(each.payload[0])) for _, each in parts]
-    pieces = [tensor.split(list(row_tokens)) for (row_tokens, _), tensor in zip(parts, tensors, strict=True)]
-    joined = torch.cat([piece for row in zip(*pieces, strict=True) for piece in row])
-    spec, payload = encode(joined)
-    return States(spec=spec, payload=payload)
+    async def _read(self, on_message: OnMessage, on_failure: OnFailure) -> None:
+        while True:
+            try:
+                await on_message(self, await self._stream.receive(timeout_s=None))
+            except EndOfStreamError:
+                error: PetalsError = ProtocolError("it ended the session by itself")
+            except PetalsError as failure:
+                if failure.attempt is not None:
+                    on_failure(self, failure)
+                    continue
+                error = failure
+            else:
+                continue
+            self.error = self.error or error
+            on_failure(self, error)
+            return
+
+
+def make_step(
+    number: int, request: StepRequest, states: States, attempt: int, timeout_s: float, passes: int | None = None
+) -> Step:
+    """The message of a step to the first server of a chain."""
+    return Step(
+        step=number,
+        keep=request.keep,
+        row_tokens=request.row_tokens,
+        row_order=request.row_order,
+        position_runs=request.position_runs,
+        tensors=(states.spec.to_wire(),),
+        deadline_ms=max(1, int(timeout_s * 1000)),
+        attempt=attempt,
+        passes=passes,
+    )

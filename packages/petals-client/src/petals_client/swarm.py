@@ -241,6 +241,10 @@ class Swarm:
         self.measurements.note_round_trip(peer_id, connection.rtt_s)
         return connection
 
+    def drop(self, connection: PeerConnection) -> None:
+        """Close a connection whose other end has fallen silent; whoever uses it is told at once."""
+        self._dialer.drop(connection)
+
     def round_trip_s(self, peer_id: PeerId) -> float | None:
         """What was measured for a server."""
         known = self.measurements.get(peer_id)

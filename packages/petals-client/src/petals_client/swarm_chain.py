@@ -22,6 +22,7 @@ from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
 from petals_client.training import TrainingRun, TrainingTrace
+from petals_client.window import choose_part_tokens
 from petals_core.errors import InvalidRequestError
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.split import block_count
@@ -255,11 +256,14 @@ class SwarmChainSession:
                 "this session was opened before this process was forked, and stays with the parent: "
                 "open another one here with model.inference_session()"
             )
-        if hidden.shape[0] <= self._options.max_tokens_per_request:
+        max_tokens = choose_part_tokens(
+            hidden.shape[0], len(self._session.chain), max_tokens=self._options.max_tokens_per_request
+        )
+        if hidden.shape[0] <= max_tokens:
             return decode_states(
                 self._thread.run(self._session.step([(request, encode_states(hidden, self._options))]))[0]
             )
-        parts = split_columns(request, self._options.max_tokens_per_request)
+        parts = split_columns(request, max_tokens)
         inputs = [(step, encode_states(_take(hidden, part), self._options)) for step, part in parts]
         return _join(hidden, [part for _, part in parts], self._thread.run(self._session.step(inputs)))
 

@@ -32,6 +32,8 @@ class PetalsError(Exception):
         super().__init__(message)
         self.message = message
         self.retry_after_s = retry_after_s
+        self.attempt: int | None = None
+        """Of a session's step that failed: the attempt that it belonged to."""
 
 
 # --- configuration and input ------------------------------------------------------------------------------------------
@@ -148,6 +150,26 @@ class WrongModelError(PetalsError):
     """The server holds another checkpoint, or not the blocks that were asked for."""
 
     code = "wrong_model"
+
+
+class NoSessionError(PetalsError):
+    """The server has no such session, or not for this peer."""
+
+    code = "no_session"
+
+
+class NextHopError(PetalsError):
+    """The server can't pass states on to the next one of the chain: the client may carry them."""
+
+    code = "next_hop"
+    disposition = Disposition.RETRY_SAME
+
+
+class OutputsGoneError(PetalsError):
+    """The server has not kept what it computed in a session: an earlier server, or the client, must replay it."""
+
+    code = "outputs_gone"
+    disposition = Disposition.RETRY_SAME
 
 
 class GraphExpiredError(PetalsError):

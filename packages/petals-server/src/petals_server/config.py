@@ -44,6 +44,8 @@ class ServerLimits:
     max_tuning_bytes: int = 256 << 20
     """The same for all clients together."""
     max_tuning_sessions_per_peer: int = 4
+    max_kept_bytes: int = 512 << 20
+    """Memory for outputs of all sessions, kept so that a server that replaces the next one can be rebuilt."""
     retry_after_s: float = 2.0
     """What a client that is refused for want of room is told to wait, where nothing better is known."""
 

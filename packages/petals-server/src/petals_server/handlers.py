@@ -9,11 +9,8 @@ from typing import Final
 from petals_core.announcement import DTYPES
 from petals_core.errors import (
     CacheLostError,
-    CancelledByPeerError,
-    DeadlineExceededError,
     DrainingError,
     InvalidRequestError,
-    PeerConnectionError,
     PetalsError,
     ProtocolError,
     SessionLengthError,
@@ -22,7 +19,7 @@ from petals_core.errors import (
 from petals_core.models.split import Span
 from petals_core.net.stream import Stream
 from petals_core.tensors.codec import TensorSpec
-from petals_core.wire.frames import Priority
+from petals_core.tensors.states import States
 from petals_core.wire.messages import (
     Backward,
     BackwardResult,
@@ -35,14 +32,13 @@ from petals_core.wire.messages import (
     OpenTuning,
     SessionOpened,
     Step,
-    StepResult,
 )
 from petals_server.config import ServerLimits
 from petals_server.engine import Engine, Work
 from petals_server.execution import EncodedStates, ForwardWork, PackedStates, SessionState, StepWork
 from petals_server.loading import ServedModel
 from petals_server.positions import check_positions
-from petals_server.scheduling import Urgency
+from petals_server.ring import RING_REQUESTS, RingSession, RingTable
 from petals_server.sessions import Reservation, SessionTable
 from petals_server.training_requests import TrainingRequests, is_for_training, read_session_prompts
 
@@ -72,11 +68,13 @@ class RequestHandler:
         model: ServedModel,
         engine: Engine,
         sessions: SessionTable,
+        ring: RingTable,
         limits: ServerLimits,
         facts: ServerFacts,
     ) -> None:
         self.model = model
         self.sessions = sessions
+        self.ring = ring
         self.state = "online"
         self.num_requests = 0
         """Sessions and forward requests under way."""
@@ -94,6 +92,9 @@ class RequestHandler:
         request = message.body
         if isinstance(request, InfoRequest):
             await stream.send(self.info(), end=True)
+            return
+        if isinstance(request, RING_REQUESTS):
+            await self.ring.serve(stream, request)
             return
         if not isinstance(request, (OpenSession, Forward, Backward, OpenTuning)):
             raise InvalidRequestError(f"a stream can't begin with {type(request).__name__}: open a session first")
@@ -150,38 +151,37 @@ class RequestHandler:
                 adapters=self.training.find_session_adapters(stream.peer_id, request, span),
             )
             reservation.on_evicted = session.free
-            await stream.send(SessionOpened(cache_tokens_left=self.sessions.cache_tokens_left))
-            while True:
+
+            async def handle(place: RingSession, step: Step, message: Message, arrived_s: float) -> None:
                 try:
-                    message = await stream.receive(timeout_s=self._limits.max_idle_s)
-                except DeadlineExceededError:
-                    raise CacheLostError(
-                        f"the session was idle for {self._limits.max_idle_s:.0f} s and is closed: open a new one"
-                    ) from None
-                try:
-                    await self._serve_step(stream, session, reservation, message)
+                    await self._serve_step(place, session, reservation, step, message, arrived_s)
                 except PetalsError as error:
                     # A step that was refused before it began has changed nothing, so the session goes on.
-                    if session.is_broken or isinstance(
-                        error, (PeerConnectionError, CancelledByPeerError, CacheLostError)
-                    ):
-                        raise
-                    await stream.fail(error, end=False)
+                    if session.is_broken or isinstance(error, CacheLostError):
+                        place.end(error)
+                    raise
+
+            with self.ring.opened(request.session_id, stream) as place:
+                await stream.send(SessionOpened(cache_tokens_left=self.sessions.cache_tokens_left))
+                await place.run(handle, max_idle_s=self._limits.max_idle_s)
         finally:
             self.sessions.close(reservation)
 
     async def _serve_step(
-        self, stream: Stream, session: SessionState, reservation: Reservation, message: Message
+        self,
+        place: RingSession,
+        session: SessionState,
+        reservation: Reservation,
+        step: Step,
+        message: Message,
+        arrived_s: float,
     ) -> None:
-        arrived_s = time.monotonic()
-        step = message.body
-        if not isinstance(step, Step):
-            raise InvalidRequestError(f"a session takes steps, not {type(step).__name__}")
+        row_order = step.row_order if step.step > place.applied else None  # rows change places once
         states = check_step(step, message, session)
         if self.model.max_positions is not None:
             lengths = session.ledger.count_within(step.keep)
-            if step.row_order is not None:
-                lengths = [lengths[row] for row in step.row_order]
+            if row_order is not None:
+                lengths = [lengths[row] for row in row_order]
             check_positions(step.row_tokens, step.position_runs, self.model.max_positions, row_lengths=lengths)
         num_columns = step.keep + max(step.row_tokens)
         deadline_s = arrived_s + step.deadline_ms / 1000
@@ -190,7 +190,7 @@ class RequestHandler:
             self.model.threads,
             states,
             keep=step.keep,
-            row_order=step.row_order,
+            row_order=row_order,
             deadline_s=deadline_s,
             max_turn_tokens=min(self._max_turn_tokens, self.model.max_scores // max(1, num_columns)),
         )
@@ -200,15 +200,12 @@ class RequestHandler:
             result = await self._engine.compute(work)
         finally:
             self.sessions.settle(reservation, self.sessions.count_tokens(num_rows, session.ledger.num_columns))
-        stream.priority = Priority.DECODE if work.urgency is Urgency.DECODE else Priority.BULK
-        await stream.send(
-            StepResult(
-                step=step.step,
-                tensors=(result.spec.to_wire(),),
-                queue_us=_microseconds(work.queue_s),
-                compute_us=_microseconds(work.compute_s),
-            ),
-            result.buffers,
+        await place.deliver(
+            step,
+            States(spec=result.spec, payload=result.buffers),
+            queue_us=_microseconds(work.queue_s),
+            compute_us=_microseconds(work.compute_s),
+            deadline_s=deadline_s,
         )
 
     # --- forward ------------------------------------------------------------------------------------------------------

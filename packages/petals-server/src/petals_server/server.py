@@ -15,6 +15,7 @@ from petals_core.announcement import Announcement
 from petals_core.errors import ConfigurationError, NotEnoughMemoryError, OverloadedError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_NAME_CHARS
+from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
 from petals_dht.directory import Directory
@@ -158,12 +159,21 @@ class Server:
             model.cache_tokens,
         )
         from petals_server.handlers import RequestHandler, ServerFacts
+        from petals_server.ring import RingTable
 
+        dialer = Dialer(identity=self._identity, swarm_key=config.swarm_key)
+        self._resources.push_async_callback(dialer.close)
         self._requests = RequestHandler(
             model=model,
             engine=self._engine,
             sessions=SessionTable(
                 cache_tokens=model.cache_tokens, limits=config.limits, state_tokens=model.state_tokens
+            ),
+            ring=RingTable(
+                dialer,
+                fingerprint=model.fingerprint,
+                max_kept_bytes=config.limits.max_kept_bytes,
+                is_local=self.address.is_loopback,
             ),
             limits=config.limits,
             facts=ServerFacts(version=VERSION, public_name=config.public_name),

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from petals_core.addresses import Address
+from petals_core.errors import PetalsError
 from petals_core.identity import Identity
 from petals_core.net.dialer import Dialer, PeerConnection
 from petals_core.net.loop import new_event_loop
@@ -106,6 +107,8 @@ class Session:
         self.stream = stream
         self.opened = opened
         self.num_columns = 0
+        self.num_steps = 0
+        self.attempt = 0
         self.last_result: StepResult | None = None
 
     async def step(
@@ -121,14 +124,20 @@ class Session:
         spec, buffers = encode(torch.cat(list(rows)), encoding=encoding)
         keep = self.num_columns if keep is None else keep
         request = Step(
-            step=0,
+            step=self.num_steps,
+            attempt=self.attempt,
             keep=keep,
             row_tokens=tuple(len(row) for row in rows),
             tensors=(spec.to_wire(),),
             deadline_ms=10_000,
         )
+        self.num_steps += 1
         await self.stream.send(replace(request, **changes), buffers if payload is None else payload)
-        message = await self.stream.receive(timeout_s=TIMEOUT_S)
+        try:
+            message = await self.stream.receive(timeout_s=TIMEOUT_S)
+        except PetalsError:
+            self.attempt += 1
+            raise
         self.num_columns = keep + max(len(row) for row in rows)
         result = _rows(message, rows)
         assert isinstance(message.body, StepResult)

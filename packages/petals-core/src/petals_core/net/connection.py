@@ -72,7 +72,8 @@ class PeerConnection:
         self._on_stream = on_stream
         self._on_closed = on_closed
         self._streams: dict[int, Stream] = {}
-        self._senders: dict[asyncio.Future[None], Stream] = {}
+        self._senders: dict[asyncio.Future[None], tuple[Stream, int]] = {}
+        """Who waits, for which stream's queue, to fall to how many bytes."""
         self._continuation: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._error: PetalsError | None = None
@@ -152,14 +153,14 @@ class PeerConnection:
                     self._continuation = self._loop.call_soon(self._continue)
                 break
         if self._senders:
-            for future, stream in self._senders.items():
-                if not future.done() and not wire.queued_bytes(stream.stream_id):
+            for future, (stream, backlog_bytes) in self._senders.items():
+                if not future.done() and wire.queued_bytes(stream.stream_id) <= backlog_bytes:
                     future.set_result(None)
 
-    async def sent(self, stream: Stream, timeout_s: float | None) -> None:
-        """Wait until nothing of the stream's messages is in the queue."""
+    async def sent(self, stream: Stream, timeout_s: float | None, backlog_bytes: int) -> None:
+        """Wait until the queue holds at most ``backlog_bytes`` of the stream's messages."""
         future: asyncio.Future[None] = self._loop.create_future()
-        self._senders[future] = stream
+        self._senders[future] = (stream, backlog_bytes)
         try:
             async with asyncio.timeout(timeout_s):
                 await future

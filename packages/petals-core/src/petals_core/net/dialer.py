@@ -93,6 +93,11 @@ class Dialer:
                 raise PeerConnectionError("the dialer was closed") from None
             raise
 
+    def drop(self, connection: PeerConnection) -> None:
+        """Close one of its connections at once; never blocks. The next ``connect`` makes another one."""
+        self._forget(connection)
+        self._tasks.start(connection.close(PeerConnectionError("it fell silent")))
+
     async def close(self) -> None:
         """Close all connections and end all attempts. Afterwards no task, timer or socket is left. Idempotent."""
         self._is_closed = True

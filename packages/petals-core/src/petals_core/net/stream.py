@@ -63,13 +63,20 @@ class Stream:
         return self._error is None and self._connection.wire.is_open(self.stream_id)
 
     async def send(
-        self, body: Body, payload: Sequence[Buffer] = (), *, end: bool = False, timeout_s: float | None = None
+        self,
+        body: Body,
+        payload: Sequence[Buffer] = (),
+        *,
+        end: bool = False,
+        timeout_s: float | None = None,
+        backlog_bytes: int = 0,
     ) -> None:
         """Send a message; ``end`` ends our direction with it. Returns when the transport has taken all of it.
 
         It waits while the peer gives no credit or the network is slow. The payload is not copied, so it must not change
         before this returns. When the wait is cancelled or its deadline passes the message stays in the queue:
-        ``cancel`` the stream unless it may still go.
+        ``cancel`` the stream unless it may still go. With ``backlog_bytes`` it returns as soon as the stream's queue
+        holds no more than that, and the payload must never change.
 
         Raises:
             FrameTooLargeError: the peer takes no message of this size.
@@ -88,8 +95,8 @@ class Stream:
                 raise _again(self._error)
         connection.wire.send_message(self.stream_id, body, payload, end=end, priority=self.priority)
         connection.flush()
-        if connection.wire.queued_bytes(self.stream_id):
-            await connection.sent(self, timeout_s)
+        if connection.wire.queued_bytes(self.stream_id) > backlog_bytes:
+            await connection.sent(self, timeout_s, backlog_bytes)
         if end:
             connection.forget_if_over(self)
 

@@ -14,6 +14,9 @@ from typing import Final, NamedTuple
 from petals_core.errors import FrameTooLargeError, PetalsError, ProtocolError
 from petals_core.wire.messages import Buffer, Failure, decode_body, encode_body
 
+MAX_DECODE_TOKENS: Final = 32
+"""Steps up to this size overtake bulk on the wire."""
+
 
 class Priority(IntEnum):
     """What leaves first: lower values overtake higher ones between two frames, yet never starve them."""
@@ -21,6 +24,11 @@ class Priority(IntEnum):
     DECODE = 0
     BULK = 1
     BACKGROUND = 2
+
+    @classmethod
+    def of_step(cls, num_tokens: int) -> Priority:
+        """That of a session's step: somebody waits for few tokens."""
+        return cls.DECODE if num_tokens <= MAX_DECODE_TOKENS else cls.BULK
 
 
 class FrameType(IntEnum):

@@ -19,8 +19,10 @@ from petals_core.errors import PetalsError, ProtocolError, error_from_wire
 from petals_core.limits import (
     MAX_ADAPTER_LAYERS,
     MAX_ADAPTER_RANK,
+    MAX_ANNOUNCEMENT_BYTES,
     MAX_BATCH_ROWS,
     MAX_BLOCKS,
+    MAX_HOPS,
     MAX_MODULE_PATH_CHARS,
     MAX_NAME_CHARS,
     MAX_SESSION_TOKENS,
@@ -41,6 +43,12 @@ _fingerprint = schema.text(64)
 _block = schema.integer(0, MAX_BLOCKS)
 _deadline_ms = schema.integer(1, 3_600_000)
 _duration_us = schema.integer(0, 1 << 40)
+_session_id = schema.binary(SESSION_ID_BYTES, SESSION_ID_BYTES)
+_step = schema.integer(0, 1 << 53)
+_attempt = schema.integer(0, 1 << 32)
+_passes = schema.integer(0, MAX_HOPS)
+_hops = schema.sequence(schema.sequence(_duration_us, 3, 3), MAX_HOPS)
+"""Of the servers that a step has passed, in order: queue, compute, and one-way delay to the next; microseconds."""
 _row_tokens = schema.sequence(schema.integer(0, MAX_STEP_TOKENS), MAX_BATCH_ROWS, 1)
 _graph_id = schema.optional(schema.binary(GRAPH_ID_BYTES, GRAPH_ID_BYTES))
 _active_adapter = schema.optional(schema.text(MAX_NAME_CHARS))
@@ -82,7 +90,8 @@ class OpenSession:
     Payload: deep prompts [blocks, 1, P, H], if there are any; they count for the first P tokens of every row.
     """
 
-    session_id: bytes = ruled(schema.binary(SESSION_ID_BYTES, SESSION_ID_BYTES))
+    session_id: bytes = ruled(_session_id)
+    """Random, and of this server alone: who knows it and is named by its client may push steps into the session."""
     fingerprint: str = ruled(_fingerprint)
     start: int = ruled(_block)
     end: int = ruled(_block)
@@ -106,10 +115,14 @@ class SessionOpened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Append tokens to a session and compute them. Payload: hidden states [T, H]."""
+    """Append tokens to a session and compute them. Payload: hidden states [T, H].
 
-    step: int = ruled(schema.integer(0, 1 << 53))
-    """Counts up from 0 in a session; the reply repeats it."""
+    Sent by the client to the first server of a chain, by each server to the next, and to the client by a server that
+    can't reach the next, so that the client passes it on as it is.
+    """
+
+    step: int = ruled(_step)
+    """Counts up in a session; the reply repeats it. A step that is done again keeps its number."""
     keep: int = ruled(schema.integer(0, MAX_SESSION_TOKENS))
     """Cached columns that stay valid; what lies beyond is forgotten first."""
     row_tokens: tuple[int, ...] = ruled(_row_tokens)
@@ -119,20 +132,106 @@ class Step:
     row_order: tuple[int, ...] | None = ruled(
         schema.optional(schema.sequence(schema.integer(0, MAX_BATCH_ROWS - 1), MAX_BATCH_ROWS, 1)), default=None
     )
-    """Row i continues what row ``row_order[i]`` was (beam search), applied after ``keep``."""
+    """Row i continues what row ``row_order[i]`` was (beam search), applied after ``keep``, and once for each number."""
     position_runs: tuple[tuple[tuple[int, int], ...], ...] | None = ruled(schema.optional(_position_runs), default=None)
     """Per row the position ids of its new tokens as (first, count) runs; None: consecutive from its cached length."""
+    attempt: int = ruled(_attempt, default=0)
+    """Counts up whenever the client recovers; a server drops steps of an earlier attempt than it has seen."""
+    passes: int | None = ruled(schema.optional(_passes), default=None)
+    """To how many more servers it goes before it ends, with a result without states; None: to the chain's end."""
+    hops: tuple[tuple[int, int, int], ...] | None = ruled(schema.optional(_hops), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Outcome of a ``Step``. Payload: hidden states [T, H] behind the span's last block."""
+    """Outcome of a ``Step``, to the client. Payload: hidden states [T, H] behind the chain's last block."""
 
-    step: int = ruled(schema.integer(0, 1 << 53))
+    step: int = ruled(_step)
     tensors: tuple[Any, ...] = ruled(_tensors)
+    """None where the step's ``passes`` ended it."""
     queue_us: int = ruled(_duration_us)
     """Time between arrival and start of computing."""
     compute_us: int = ruled(_duration_us)
+    attempt: int = ruled(_attempt, default=0)
+    hops: tuple[tuple[int, int, int], ...] | None = ruled(schema.optional(_hops), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Tell a server where the steps of a session come from and go to. From its client, on a stream of its own.
+
+    What was told before no longer counts; whatever else pushes steps into the session is cut off.
+    """
+
+    session_id: bytes = ruled(_session_id)
+    attempt: int = ruled(_attempt)
+    deadline_ms: int = ruled(_deadline_ms)
+    is_last: bool = ruled(schema.boolean)
+    """Whether outputs are results for the client."""
+    previous: bytes | None = ruled(schema.optional(schema.binary(32, 32)), default=None)
+    """The peer that may push steps; None: the client alone sends them."""
+    next: bytes | None = ruled(schema.optional(schema.binary(1, MAX_ANNOUNCEMENT_BYTES)), default=None)
+    """Announcement of the server that outputs are pushed to; None: the client passes them on."""
+    next_session: bytes | None = ruled(schema.optional(_session_id), default=None)
+    """The session's id there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """Steps take that way from now on; the next server, if there is one, has been reached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """Send the outputs that a server has kept of a session once more, in few large steps. From the session's client."""
+
+    session_id: bytes = ruled(_session_id)
+    attempt: int = ruled(_attempt)
+    before: int = ruled(_step)
+    """Of the steps with lower numbers."""
+    passes: int = ruled(_passes)
+    """Of the steps that are sent."""
+    max_tokens: int = ruled(schema.integer(1, MAX_STEP_TOKENS))
+    """Of one step."""
+    deadline_ms: int = ruled(_deadline_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """The outputs are on their way."""
+
+    last: int | None = ruled(schema.optional(_step), default=None)
+    """Number of the last step that was sent; None: there was nothing to send."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressRequest:
+    """Ask a server how far a session is: answered at once, also while the device computes."""
+
+    session_id: bytes = ruled(_session_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a session is."""
+
+    attempt: int = ruled(_attempt)
+    received: int | None = ruled(schema.optional(_step), default=None)
+    """Number of the last step that has arrived in this attempt."""
+    computed: int | None = ruled(schema.optional(_step), default=None)
+    """Number of the last step that was computed in this attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Push:
+    """The first message of a stream from one server to the next: a session's steps follow, without answers."""
+
+    session_id: bytes = ruled(_session_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """Steps may follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,16 +346,20 @@ class Failure:
     code: str = ruled(schema.text(64))
     message: str = ruled(schema.text(1024))
     retry_after_s: float | None = ruled(schema.optional(schema.number(0, 86400)), default=None)
+    attempt: int | None = ruled(schema.optional(_attempt), default=None)
+    """Of a step that failed; those of the same attempt that follow it are dropped."""
 
     @classmethod
     def of(cls, error: PetalsError) -> Failure:
         """Describe an error to the peer, in one printable line."""
         line = "".join(character if character.isprintable() else " " for character in error.message)[:1024]
-        return cls(code=error.code, message=line, retry_after_s=error.retry_after_s)
+        return cls(code=error.code, message=line, retry_after_s=error.retry_after_s, attempt=error.attempt)
 
     def to_error(self) -> PetalsError:
         """The error that the peer reported."""
-        return error_from_wire(self.code, self.message, self.retry_after_s)
+        error = error_from_wire(self.code, self.message, self.retry_after_s)
+        error.attempt = self.attempt
+        return error
 
 
 Body: TypeAlias = (
@@ -266,6 +369,14 @@ Body: TypeAlias = (
     | SessionOpened
     | Step
     | StepResult
+    | Route
+    | Routed
+    | Replay
+    | Replayed
+    | ProgressRequest
+    | Progress
+    | Push
+    | Pushed
     | Forward
     | ForwardResult
     | Backward
@@ -282,6 +393,14 @@ _KINDS: dict[str, type[Body]] = {
     "open": SessionOpened,
     "step?": Step,
     "step": StepResult,
+    "route?": Route,
+    "route": Routed,
+    "replay?": Replay,
+    "replay": Replayed,
+    "progress?": ProgressRequest,
+    "progress": Progress,
+    "push?": Push,
+    "push": Pushed,
     "forward?": Forward,
     "forward": ForwardResult,
     "backward?": Backward,

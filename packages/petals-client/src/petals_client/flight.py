@@ -1,0 +1,112 @@
+"""The parts of one step on their way through a chain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from petals_client.window import FlightWindow
+from petals_core.errors import PetalsError
+from petals_core.steps import StepRequest
+from petals_core.tensors.states import States
+from petals_core.wire.frames import MAX_DECODE_TOKENS
+
+
+class InterruptedFlight(Exception):  # noqa: N818 -- nobody's fault is told by it
+    """Something has happened to the chain: what is under way will not arrive."""
+
+
+class Flight:
+    """Which parts of a step have come back, and the signal for who waits for them. Belongs to one event loop."""
+
+    def __init__(self, parts: Sequence[tuple[StepRequest, States]], *, first_number: int, num_hops: int) -> None:
+        self.parts = parts
+        self.first_number = first_number
+        self.results: list[States] = []
+        self.window = FlightWindow(num_hops)
+        self.news_s = time.perf_counter()
+        """When the last part came back, or the first was sent."""
+        self.is_decode = len(parts) == 1 and parts[0][1].spec.shape[0] <= MAX_DECODE_TOKENS
+        self._sent_s: dict[int, float] = {}
+        self._waiter: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._interruption: Exception | None = None
+
+    @property
+    def next_number(self) -> int:
+        """Of the first part that has not come back."""
+        return self.first_number + len(self.results)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.results) == len(self.parts)
+
+    def begin(self) -> None:
+        """All parts that have not come back are to be sent, once more if they were."""
+        self._interruption = None
+        self._sent_s.clear()
+        self.window.num_in_flight = 0
+        self.news_s = time.perf_counter()
+
+    def sent(self, number: int) -> None:
+        """A part was sent."""
+        self._sent_s[number] = time.perf_counter()
+        self.window.sent()
+
+    def arrived(self, states: States) -> float:
+        """The next part came back; returns the time of its trip."""
+        now_s = time.perf_counter()
+        trip_s = now_s - self._sent_s.pop(self.next_number, self.news_s)
+        self.results.append(states)
+        self.window.done(trip_s=trip_s, now_s=now_s)
+        self.news_s = now_s
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        if self.is_done:
+            self._wake()
+        return trip_s
+
+    def expects(self, number: int) -> States | None:
+        """What was sent as a part that has not come back; None: no such part."""
+        index = number - self.first_number
+        return self.parts[index][1] if len(self.results) <= index < len(self.parts) else None
+
+    async def room(self) -> None:
+        """Wait until another part may be sent."""
+        while not self.window.has_room:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    async def end(self, timeout_s: float) -> bool:
+        """Wait until all parts are back; False when nothing new has come for ``timeout_s``.
+
+        Raises:
+            InterruptedFlight: something has happened to the chain.
+            PetalsError: what ``interrupt`` was given.
+        """
+        loop = asyncio.get_running_loop()
+        called_s = time.perf_counter()
+        while not self.is_done:
+            if self._interruption is not None:
+                raise self._interruption
+            left_s = max(self.news_s, called_s) + timeout_s - time.perf_counter()
+            if left_s <= 0:
+                return False
+            self._waiter = loop.create_future()
+            timer = loop.call_later(left_s, self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        return True
+
+    def interrupt(self, error: PetalsError | None = None) -> None:
+        """Let who waits go on with ``error``, or with ``InterruptedFlight``."""
+        self._interruption = error or InterruptedFlight()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

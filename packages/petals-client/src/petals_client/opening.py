@@ -1,0 +1,190 @@
+"""Sessions on the servers of a chain, opened together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from petals_client.adaptation import Adaptation
+from petals_client.session import HopSession
+from petals_client.swarm import Swarm, explain_failure
+from petals_core.announcement import SignedAnnouncement
+from petals_core.errors import Disposition, DrainingError, MissingBlocksError, PetalsError
+from petals_core.identity import PeerId
+from petals_core.routing.graph import Hop, describe_blocks
+from petals_core.tensors.codec import encode
+from petals_core.wire.messages import Buffer, OpenSession
+
+_logger = logging.getLogger(__name__)
+MAX_WAIT_S = 5.0
+"""For a server that is full for the moment, before it is asked again."""
+_ASK_AGAIN_S = 1.0
+"""Where nobody holds a block, between two look-ups."""
+_TELL_S = 5.0
+"""Between two lines that tell the user of the waiting."""
+
+
+class ChainOpener:
+    """Opens what one session needs on servers. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        *,
+        start: int,
+        num_rows: int,
+        max_length: int,
+        prompts: Tensor | None,
+        adaptation: Adaptation | None,
+    ) -> None:
+        """``prompts`` [blocks from ``start`` on, 1, P, H] are deep prompts."""
+        self._swarm = swarm
+        self._start = start
+        self._num_rows = num_rows
+        self._max_length = max_length
+        self._prompts = prompts
+        self._adaptation = adaptation
+
+    async def open(self, start: int, end: int, *, failed: set[PeerId]) -> list[HopSession]:
+        """Plan a chain over blocks ``start:end`` and open the session on each of its servers.
+
+        On failure nothing is left open. Servers that fail are added to ``failed`` and not asked again.
+
+        Raises:
+            PetalsError: no chain could be opened.
+        """
+        options = self._swarm.options
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + options.open_timeout_s
+        failure: PetalsError | None = None
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                chain, servers = await self._swarm.plan(
+                    start,
+                    end,
+                    without=failed,
+                    cache_tokens=self._num_rows * self._max_length,
+                    adapter=None if self._adaptation is None else self._adaptation.adapter,
+                )
+            except MissingBlocksError:
+                if failure is None:
+                    raise
+                raise failure from None
+
+            timeout_s = max(0.1, deadline_s - loop.time())
+            results = await _gather_all(
+                [self._open_hop(hop, servers[hop.peer_id], timeout_s=timeout_s) for hop in chain]
+            )
+            opened = [result for result in results if isinstance(result, HopSession)]
+            if len(opened) == len(chain):
+                return opened
+            for session in opened:
+                session.close()
+            wait_s = 0.0
+            for hop, result in zip(chain, results, strict=True):
+                if not isinstance(result, PetalsError):
+                    continue
+                if not isinstance(result, DrainingError):
+                    self._swarm.blame(hop.peer_id, result)
+                failure = explain_failure(hop, result)
+                if result.disposition is Disposition.GIVE_UP:
+                    raise failure from result
+                if result.disposition is Disposition.GO_ELSEWHERE:
+                    failed.add(hop.peer_id)
+                else:
+                    # Full: the penalty sends the next plan elsewhere if there is an elsewhere.
+                    wait_s = max(wait_s, min(result.retry_after_s or 0.5, MAX_WAIT_S))
+            assert failure is not None
+            if loop.time() + wait_s >= deadline_s or (not wait_s and attempt >= options.max_attempts):
+                raise failure
+            await asyncio.sleep(wait_s)
+
+    async def wait_and_open(self, start: int, end: int, *, failed: set[PeerId], deadline_s: float) -> list[HopSession]:
+        """As ``open``, but wait for servers while nobody holds some blocks, and say so.
+
+        Servers that have failed are asked again when there is nobody else. ``deadline_s`` is on the loop's clock.
+
+        Raises:
+            PetalsError: no chain could be opened up to the deadline.
+        """
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        told_s = started_s - _TELL_S
+        while True:
+            try:
+                return await self.open(start, end, failed=failed)
+            except PetalsError as error:
+                is_missing = isinstance(error, MissingBlocksError)
+                if loop.time() + _ASK_AGAIN_S >= deadline_s or not (
+                    is_missing or error.disposition is not Disposition.GIVE_UP
+                ):
+                    raise
+                if loop.time() - told_s >= _TELL_S:
+                    told_s = loop.time()
+                    _logger.warning(
+                        "waiting for a server of %s of %s (%.0f of %.0f s): %s",
+                        describe_blocks([(start, end)]),
+                        self._swarm.model_name,
+                        told_s - started_s,
+                        deadline_s - started_s,
+                        error.message,
+                    )
+            failed.clear()
+            await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def _open_hop(self, hop: Hop, server: SignedAnnouncement, *, timeout_s: float) -> HopSession:
+        connection = await self._swarm.connect(server)
+        tensors: tuple[Any, ...] | None = None
+        payload: Sequence[Buffer] = ()
+        if self._prompts is not None:
+            spec, payload = encode(self._prompts[hop.start - self._start : hop.end - self._start])
+            tensors = (spec.to_wire(),)
+        request = OpenSession(
+            session_id=HopSession.new_id(),
+            fingerprint=self._swarm.fingerprint,
+            start=hop.start,
+            end=hop.end,
+            num_rows=self._num_rows,
+            max_length=self._max_length,
+            deadline_ms=int(timeout_s * 1000),
+            tensors=tensors,
+        )
+
+        async def send(fields: dict[str, Any]) -> HopSession:
+            return await HopSession.open(
+                hop, server, connection, replace(request, **fields), payload, timeout_s=timeout_s
+            )
+
+        return await self._swarm.tuning.request(server, hop.start, hop.end, self._adaptation, send)
+
+
+async def _gather_all(coroutines: Sequence[Coroutine[Any, Any, HopSession]]) -> list[HopSession | PetalsError]:
+    """Run all to their end; when cancelled, close what was opened."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.wait(tasks)
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled() and task.exception() is None:
+                task.result().close()
+        raise
+    results: list[HopSession | PetalsError] = []
+    for task in tasks:
+        error = task.exception()
+        if error is None:
+            results.append(task.result())
+        elif isinstance(error, PetalsError):
+            results.append(error)
+        else:
+            raise error
+    return results

@@ -1,0 +1,62 @@
+"""How a long prompt is cut, and how many of its parts are under way at once."""
+
+from __future__ import annotations
+
+import math
+
+MIN_PART_TOKENS = 32
+MAX_PART_TOKENS = 512
+_PARTS_PER_STAGE = 10
+"""A part takes each stage in turn, and the first has to pass all before the last is busy: so many make that little."""
+_MAX_IN_FLIGHT = 64
+_GAIN = 1.5
+"""Above what just fills the chain, because trips and rates vary."""
+_WEIGHT = 1 / 4
+
+
+def choose_part_tokens(num_tokens: int, num_hops: int, *, max_tokens: int) -> int:
+    """Tokens of the parts of a step: enough parts to keep all servers and links of a chain at work.
+
+    One less than all only pays where it leaves several parts.
+    """
+    stages = num_hops + 1
+    wanted = math.ceil(num_tokens / (_PARTS_PER_STAGE * stages))
+    rounded = math.ceil(wanted / MIN_PART_TOKENS) * MIN_PART_TOKENS
+    return min(max_tokens, MAX_PART_TOKENS, max(MIN_PART_TOKENS, rounded))
+
+
+class FlightWindow:
+    """Parts that may be under way: what the chain holds at its rate and delay, so that nothing waits in vain.
+
+    The rate is that of the results; the delay the shortest trip that was seen.
+    """
+
+    def __init__(self, num_hops: int) -> None:
+        self._floor = num_hops + 2
+        self.limit = 2 * self._floor
+        self.num_in_flight = 0
+        self._least_trip_s = math.inf
+        self._interval_s: float | None = None
+        self._last_s: float | None = None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another part may be sent."""
+        return self.num_in_flight < self.limit
+
+    def sent(self) -> None:
+        """A part was sent."""
+        self.num_in_flight += 1
+
+    def done(self, *, trip_s: float, now_s: float) -> None:
+        """A part came back, ``trip_s`` after it was sent."""
+        self.num_in_flight -= 1
+        self._least_trip_s = min(self._least_trip_s, trip_s)
+        if self._last_s is not None:
+            interval_s = max(now_s - self._last_s, 1e-6)
+            if self._interval_s is None:
+                self._interval_s = interval_s
+            self._interval_s += (interval_s - self._interval_s) * _WEIGHT
+            full = self._least_trip_s / self._interval_s
+            self.limit = min(_MAX_IN_FLIGHT, max(self._floor, math.ceil(_GAIN * full)))
+        self._last_s = now_s

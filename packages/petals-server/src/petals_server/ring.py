@@ -1,0 +1,438 @@
+"""Sessions as links of a chain: steps come from the client or the server before, outputs go to the server behind.
+
+A session's steps run one by one in a task of its own, whoever sends them. What comes of them is kept for a while, so
+that a server that takes the next one's place can be brought to where that was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from typing import Final
+
+from petals_core.announcement import SignedAnnouncement
+from petals_core.errors import (
+    CacheLostError,
+    DeadlineExceededError,
+    DrainingError,
+    InvalidRequestError,
+    NextHopError,
+    NoSessionError,
+    OutputsGoneError,
+    PetalsError,
+    ProtocolError,
+    RemoteFailureError,
+    WrongModelError,
+)
+from petals_core.identity import PeerId
+from petals_core.limits import MAX_HOPS, MIB
+from petals_core.net.dialer import Dialer, PeerConnection
+from petals_core.net.stream import Stream
+from petals_core.steps import StepHistory, StepRequest, merge, straighten
+from petals_core.tensors.states import States, join_states, select_rows
+from petals_core.wire.frames import Priority
+from petals_core.wire.messages import (
+    Message,
+    Progress,
+    ProgressRequest,
+    Push,
+    Pushed,
+    Replay,
+    Replayed,
+    Route,
+    Routed,
+    Step,
+    StepResult,
+)
+
+log = logging.getLogger(__name__)
+
+_MAX_WAITING_STEPS: Final = 2
+"""Steps of one session that were taken from the wire and not computed; the others wait as the wire's credit says."""
+_ROUTE_TIMEOUT_S: Final = 5.0
+"""How long a server that knows a session's id may wait to be named by the client."""
+_BACKLOG_BYTES: Final = 4 * MIB
+"""Outputs of one session that wait for the network before the next step is computed."""
+
+RingRequest = Route | Replay | ProgressRequest | Push
+RING_REQUESTS: Final = (Route, Replay, ProgressRequest, Push)
+StepHandler = Callable[["RingSession", Step, Message, float], Awaitable[None]]
+"""Computes a step that arrived at a time (``time.monotonic``), and delivers what comes of it."""
+
+
+class RingSession:
+    """One session: its queue of steps, its place in the chain, and what it has kept. Belongs to one event loop."""
+
+    def __init__(self, table: RingTable, session_id: bytes, stream: Stream) -> None:
+        self.session_id = session_id
+        self.applied = -1
+        """Number of the last step whose tokens are in the cache."""
+        self.kept: StepHistory[States] = StepHistory(table.max_kept_bytes)
+        self._table = table
+        self._stream = stream
+        """The client's."""
+        self._inbox: asyncio.Queue[tuple[Step, Message, float] | tuple[Replay, asyncio.Future[int | None]]] = (
+            asyncio.Queue(_MAX_WAITING_STEPS)
+        )
+        self._attempt = 0
+        self._failed_attempt = -1
+        self._received: int | None = None
+        self._computed: int | None = None
+        self._active_s = time.monotonic()
+        self._is_last = True
+        self._previous: PeerId | None = None
+        self._inlet: Stream | None = None
+        self._outlet: Stream | None = None
+        self._next_connection: PeerConnection | None = None
+        self._next_session: bytes | None = None
+        self._routed = asyncio.Event()
+        """Somebody else is the one before."""
+        self._routing = asyncio.Lock()
+
+    @property
+    def client(self) -> PeerId:
+        """Whose session it is."""
+        return self._stream.peer_id
+
+    async def run(self, handle: StepHandler, *, max_idle_s: float) -> None:
+        """Take and compute steps until the client ends or gives up its stream.
+
+        Raises:
+            CacheLostError: nothing has happened for ``max_idle_s``.
+            PetalsError: a step failed in a way that leaves nothing to go on with, or the client is gone.
+        """
+        worker = asyncio.create_task(self._work(handle))
+        try:
+            while True:
+                left_s = max_idle_s - (time.monotonic() - self._active_s)
+                try:
+                    message = await self._stream.receive(timeout_s=max(0.0, left_s))
+                except DeadlineExceededError:
+                    if time.monotonic() - self._active_s < max_idle_s:
+                        continue  # the server before has sent something meanwhile
+                    raise CacheLostError(
+                        f"the session was idle for {max_idle_s:.0f} s and is closed: open a new one"
+                    ) from None
+                if isinstance(message.body, Step):
+                    await self.take(message.body, message)
+                else:
+                    error = InvalidRequestError(f"a session takes steps, not {type(message.body).__name__}")
+                    await self._stream.fail(error, end=False)
+        finally:
+            worker.cancel()
+            await asyncio.wait([worker])
+            for stream in (self._inlet, self._outlet):
+                if stream is not None:
+                    stream.cancel()
+
+    async def take(self, step: Step, message: Message) -> None:
+        """Put a step at the end of the queue, waiting for room in it."""
+        self._active_s = time.monotonic()
+        if step.attempt > self._attempt:
+            self._begin_attempt(step.attempt)
+        if step.attempt == self._attempt:
+            self._received = step.step
+        await self._inbox.put((step, message, self._active_s))
+
+    # --- computing ----------------------------------------------------------------------------------------------------
+
+    async def _work(self, handle: StepHandler) -> None:
+        while True:
+            item = await self._inbox.get()
+            if isinstance(item[0], Replay):
+                await self._replay(*item)
+                continue
+            step, message, arrived_s = item
+            if step.attempt < self._attempt or step.attempt == self._failed_attempt:
+                continue
+            try:
+                await handle(self, step, message, arrived_s)
+            except PetalsError as error:
+                await self._fail(error, step.attempt)
+            except Exception:
+                log.exception("a step of a session of peer %s failed", self.client)
+                self._stream.cancel(RemoteFailureError("internal error of the server"))
+                raise
+            self._active_s = time.monotonic()
+
+    async def _fail(self, error: PetalsError, attempt: int) -> None:
+        """Tell the client that a step failed; what follows it in the same attempt makes no sense any more."""
+        self._failed_attempt = attempt
+        error.attempt = attempt
+        with contextlib.suppress(PetalsError):  # the client is gone, which ends the session
+            await self._stream.fail(error, end=False)
+
+    def end(self, error: PetalsError) -> None:
+        """Give the session up, and tell its client why."""
+        self._stream.cancel(error)
+
+    async def deliver(self, step: Step, output: States, *, queue_us: int, compute_us: int, deadline_s: float) -> None:
+        """Keep a step's output where it may be needed again, and send it where it belongs.
+
+        Raises:
+            PetalsError: the client is gone.
+        """
+        self.applied = step.step
+        if step.attempt == self._attempt:
+            self._computed = step.step
+        if not self._is_last:
+            self._table.keep(self, step, output)
+        if step.attempt < self._attempt:
+            return  # the client has begun anew meanwhile, and sends it again
+        connection = self._next_connection if self._outlet is not None else None
+        delay_us = 0 if connection is None else _microseconds(connection.rtt_s / 2)
+        hops = (*(step.hops or ()), (queue_us, compute_us, delay_us))[:MAX_HOPS]
+        if step.passes == 0 or self._is_last:
+            is_result = step.passes is None
+            self._stream.priority = Priority.of_step(sum(step.row_tokens))
+            await self._stream.send(
+                StepResult(
+                    step=step.step,
+                    attempt=step.attempt,
+                    tensors=(output.spec.to_wire(),) if is_result else (),
+                    queue_us=queue_us,
+                    compute_us=compute_us,
+                    hops=hops,
+                ),
+                output.payload if is_result else (),
+                backlog_bytes=_BACKLOG_BYTES,
+            )
+            return
+        await self._pass_on(
+            replace(
+                step,
+                tensors=(output.spec.to_wire(),),
+                deadline_ms=max(1, int(1000 * (deadline_s - time.monotonic()))),
+                passes=None if step.passes is None else step.passes - 1,
+                hops=hops,
+            ),
+            output,
+        )
+
+    async def _pass_on(self, step: Step, states: States) -> None:
+        stream = self._outlet or self._stream
+        stream.priority = Priority.of_step(sum(step.row_tokens))
+        try:
+            await stream.send(step, states.payload, backlog_bytes=_BACKLOG_BYTES)
+        except PetalsError as error:
+            if stream is self._stream:
+                raise
+            if stream is self._outlet:  # else the client has chosen another way meanwhile, and sends the step again
+                self._outlet = None
+                raise NextHopError(f"the next server can't be reached any more: {error.message}") from None
+
+    # --- rebuilding others --------------------------------------------------------------------------------------------
+
+    async def replay(self, request: Replay) -> int | None:
+        """Send kept outputs once more, behind what is under way; returns the number of the last one.
+
+        Raises:
+            OutputsGoneError: they were not kept.
+            NextHopError: the next server can't be reached.
+        """
+        self._begin_attempt(request.attempt)
+        future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        await self._inbox.put((request, future))
+        return await future
+
+    async def _replay(self, request: Replay, future: asyncio.Future[int | None]) -> None:
+        """Answer before sending: to send takes as long as the next server takes to compute."""
+        try:
+            steps = None
+            if self.kept.is_complete and request.attempt == self._attempt:
+                steps = straighten(self.kept.before(request.before), select_rows)
+            if steps is None:
+                raise OutputsGoneError("the outputs of this session were not kept: replay what comes before")
+            if not future.done():
+                future.set_result(steps[-1][0] if steps else None)
+            deadline_s = time.monotonic() + request.deadline_ms / 1000
+            for number, each, states in merge(steps, join_states, request.max_tokens):
+                if request.attempt < self._attempt:
+                    return
+                step = Step(
+                    step=number,
+                    keep=each.keep,
+                    row_tokens=each.row_tokens,
+                    position_runs=each.position_runs,
+                    tensors=(states.spec.to_wire(),),
+                    deadline_ms=max(1, int(1000 * (deadline_s - time.monotonic()))),
+                    attempt=request.attempt,
+                    passes=request.passes,
+                )
+                await self._pass_on(step, states)
+        except PetalsError as error:
+            if future.done():
+                await self._fail(error, request.attempt)
+            else:
+                future.set_exception(error)
+
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(attempt=self._attempt, received=self._received, computed=self._computed)
+
+    # --- its place in the chain ---------------------------------------------------------------------------------------
+
+    async def route(self, request: Route) -> None:
+        """Take another place in the chain.
+
+        Raises:
+            NextHopError: the next server can't be reached, or does not take steps from here.
+        """
+        async with self._routing:
+            self._begin_attempt(request.attempt)
+            self._is_last = request.is_last
+            previous = None if request.previous is None else PeerId(request.previous)
+            if previous != self._previous:
+                if self._inlet is not None:
+                    self._inlet.cancel()
+                self._inlet, self._previous = None, previous
+                self._routed.set()
+                self._routed = asyncio.Event()
+            if self._outlet is not None and self._outlet.is_open and self._next_session == request.next_session:
+                return
+            if self._outlet is not None:
+                self._outlet.cancel()
+            self._outlet = self._next_connection = None
+            self._next_session = request.next_session
+            if request.next is None or request.next_session is None:
+                return
+            server = self._table.check_next(request.next)
+            try:
+                async with asyncio.timeout(request.deadline_ms / 1000):
+                    connection = await self._table.dialer.connect(server.announcement.addresses, peer_id=server.peer_id)
+                    self._outlet = await _open_outlet(connection, request.next_session)
+            except TimeoutError:
+                raise NextHopError("the next server did not answer in time") from None
+            except PetalsError as error:
+                raise NextHopError(f"the next server can't be reached: {error.message}") from None
+            self._next_connection = connection
+
+    async def follow(self, stream: Stream) -> None:
+        """Take steps from the server before, until its stream ends or the client chooses another one."""
+        try:
+            async with asyncio.timeout(_ROUTE_TIMEOUT_S):
+                while self._previous != stream.peer_id:
+                    await self._routed.wait()  # the client has told the server before, and us in a moment
+        except TimeoutError:
+            raise _no_session() from None
+        if self._inlet is not None:
+            self._inlet.cancel()
+        self._inlet = stream
+        await stream.send(Pushed())
+        while True:
+            message = await stream.receive(timeout_s=None)
+            if self._inlet is not stream:
+                return
+            if not isinstance(message.body, Step):
+                raise InvalidRequestError(f"steps are pushed, not {type(message.body).__name__}")
+            await self.take(message.body, message)
+
+    def _begin_attempt(self, attempt: int) -> None:
+        if attempt > self._attempt:
+            self._attempt = attempt
+            self._received = self._computed = None
+
+
+class RingTable:
+    """The open sessions of a server by their ids, and the memory that their kept outputs take."""
+
+    def __init__(self, dialer: Dialer, *, fingerprint: str, max_kept_bytes: int, is_local: bool) -> None:
+        """``is_local``: whether the next server may be one that only this machine can reach."""
+        self.dialer = dialer
+        self.max_kept_bytes = max_kept_bytes
+        self.kept_bytes = 0
+        self._fingerprint = fingerprint
+        self._is_local = is_local
+        self._sessions: dict[bytes, RingSession] = {}
+
+    @contextlib.contextmanager
+    def opened(self, session_id: bytes, stream: Stream) -> Iterator[RingSession]:
+        """A new session, known by its id while this lasts.
+
+        Raises:
+            InvalidRequestError: there is one of that id.
+        """
+        if session_id in self._sessions:
+            raise InvalidRequestError("there is a session of that id: take a random one")
+        session = self._sessions[session_id] = RingSession(self, session_id, stream)
+        try:
+            yield session
+        finally:
+            del self._sessions[session_id]
+            self.kept_bytes -= session.kept.num_bytes
+
+    async def serve(self, stream: Stream, request: RingRequest) -> None:
+        """Answer a request about a session, or take the steps that another server pushes into one.
+
+        Raises:
+            NoSessionError: there is no such session, or not for this peer.
+            PetalsError: see ``RingSession``.
+        """
+        session = self._sessions.get(request.session_id)
+        if session is None or (not isinstance(request, Push) and session.client != stream.peer_id):
+            raise _no_session()
+        if isinstance(request, Push):
+            await session.follow(stream)
+        elif isinstance(request, Route):
+            await session.route(request)
+            await stream.send(Routed(), end=True)
+        elif isinstance(request, Replay):
+            await stream.send(Replayed(last=await session.replay(request)), end=True)
+        else:
+            await stream.send(session.progress(), end=True)
+
+    def keep(self, session: RingSession, step: Step, output: States) -> None:
+        """Keep an output within the budget; where there is no room, the session that has kept most keeps nothing."""
+        before = session.kept.num_bytes
+        request = StepRequest(
+            keep=step.keep, row_tokens=step.row_tokens, row_order=step.row_order, position_runs=step.position_runs
+        )
+        # A copy: the output may be a view of a whole batch's.
+        states = States(spec=output.spec, payload=(b"".join(output.payload),))
+        session.kept.append(step.step, request, states, output.spec.num_bytes)
+        self.kept_bytes += session.kept.num_bytes - before
+        while self.kept_bytes > self.max_kept_bytes:
+            largest = max(self._sessions.values(), key=lambda each: each.kept.num_bytes)
+            self.kept_bytes -= largest.kept.num_bytes
+            largest.kept.drop()
+
+    def check_next(self, encoded: bytes) -> SignedAnnouncement:
+        """Read the announcement of a next server.
+
+        Raises:
+            InvalidAnnouncementError, WrongModelError: it is none of this model, or only for another machine.
+        """
+        server = SignedAnnouncement.decode(encoded, now_s=time.time())
+        if server.announcement.fingerprint != self._fingerprint:
+            raise WrongModelError("the next server holds another checkpoint")
+        if not self._is_local and any(address.is_loopback for address in server.announcement.addresses):
+            raise NextHopError("the next server can be reached from its own machine alone")
+        return server
+
+
+async def _open_outlet(connection: PeerConnection, session_id: bytes) -> Stream:
+    """A stream to the next server that takes steps; on failure none is left."""
+    if connection.is_draining:
+        raise DrainingError("it is about to stop")
+    stream = connection.open_stream(Priority.DECODE)
+    try:
+        await stream.send(Push(session_id=session_id))
+        reply = await stream.receive(timeout_s=None)
+        if not isinstance(reply.body, Pushed):
+            raise ProtocolError(f"it answered with {type(reply.body).__name__} to pushed steps")
+    except BaseException:
+        stream.cancel()
+        raise
+    return stream
+
+
+def _no_session() -> NoSessionError:
+    return NoSessionError("there is no such session here, or it takes nothing from you")
+
+
+def _microseconds(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))
