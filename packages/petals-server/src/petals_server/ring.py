@@ -112,6 +112,8 @@ class RingSession:
                 try:
                     message = await self._stream.receive(timeout_s=max(0.0, left_s))
                 except DeadlineExceededError:
+                    if self._stream.error is not None:
+                        raise  # of a step that was cut short, which ended the session
                     if time.monotonic() - self._active_s < max_idle_s:
                         continue  # the server before has sent something meanwhile
                     raise CacheLostError(
