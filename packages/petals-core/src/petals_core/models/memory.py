@@ -22,8 +22,8 @@ class HeapTrimmer:
     """Keeps the allocator from holding more than some MiB beside what is in use, while many tensors come and go.
 
     glibc gives large blocks back when they are freed, but learns from each (up to 32 MiB) and takes the next ones of
-    that size from its heap. There it keeps what lies below something in use: of weights that are converted one by one, the
-    gaps between the results may add up to the size of all sources.
+    that size from its heap. There it keeps what lies below something in use: of weights that are converted one by one,
+    the gaps between the results may add up to the size of all sources.
     """
 
     __slots__ = ("_untrimmed_bytes",)

@@ -38,9 +38,9 @@ def collect_votes(announcements: Mapping[bytes, Announcement], own: Votes) -> di
         votes.setdefault(peer_id, []).append(share)
     for observer, announcement in announcements.items():
         for beginning, percent in announcement.observed:
-            peer_id = by_beginning.get(beginning)
-            if peer_id is not None and peer_id != observer:
-                heard = votes.setdefault(peer_id, [])
+            observed = by_beginning.get(beginning)
+            if observed is not None and observed != observer:
+                heard = votes.setdefault(observed, [])
                 if len(heard) < _MAX_VOTES:
                     heard.append(percent / 100)
     return votes
