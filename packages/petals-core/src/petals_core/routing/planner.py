@@ -76,8 +76,9 @@ class _Pairs:
     def lower(self, costs: Costs, source_costs: Costs) -> None:
         """Make the costs [S] of being at targets those of coming from a source, where that is less."""
         if len(self._unique):
-            known = np.minimum.reduceat(source_costs[self.sources] + self.delay_s, self._starts)
-            costs[self._unique] = np.minimum(costs[self._unique], known)
+            known = source_costs.take(self.sources)
+            known += self.delay_s
+            np.minimum.at(costs, self._unique, np.minimum.reduceat(known, self._starts))
 
 
 class Lattice:
@@ -122,11 +123,11 @@ class Lattice:
         hops: list[Hop] = []
         last = self._end
         for block in range(self._end - 1, self._start, -1):
-            before = reached[block - 1 - self._start]
-            source, cost = self._cheapest_source(before, index)
-            if cost + self._hop_s[index] < before[index]:
+            row = block - self._start
+            before = reached[row - 1]
+            if reached[row, index] < before[index] + self._block_s[row, index]:
                 hops.append(Hop(peer_id=self._servers[index].peer_id, start=block, end=last))
-                last, index = block, source
+                last, index = block, self._cheapest_source(before, index)
         hops.append(Hop(peer_id=self._servers[index].peer_id, start=self._start, end=last))
         hops.reverse()
         return tuple(hops)
@@ -161,8 +162,8 @@ class Lattice:
         best: Costs = through.min(axis=0)
         return best
 
-    def _cheapest_source(self, before: Costs, target: int) -> tuple[int, float]:
-        """From where a server is best entered, and what that costs."""
+    def _cheapest_source(self, before: Costs, target: int) -> int:
+        """From where a server is best entered."""
         by_client = before + self._client_s
         source = int(np.argmin(by_client))
         cost = float(by_client[source] + self._client_s[target])
@@ -172,8 +173,8 @@ class Lattice:
             known = before[pairs.sources[first:last]] + pairs.delay_s[first:last]
             best = int(np.argmin(known))
             if known[best] < cost:
-                return int(pairs.sources[first + best]), float(known[best])
-        return source, cost
+                return int(pairs.sources[first + best])
+        return source
 
 
 def _known_pairs(servers: Sequence[Server]) -> tuple[NDArray[np.int64], NDArray[np.int64], Costs]:
