@@ -48,7 +48,8 @@ def test_python_runs(new_swarm: Any, document: str, capsys: pytest.CaptureFixtur
     assert len(blocks) >= 2
     names = {"__name__": "document"}
     for block in blocks:
-        code = block.replace('"MODEL"', repr(str(DEMO))).replace("HOST:PORT", swarm.initial_peers[0])
+        code = block.replace('"MODEL"', repr(str(DEMO))).replace('"DRAFT_MODEL"', repr(f"{DEMO}-draft"))
+        code = code.replace("HOST:PORT", swarm.initial_peers[0])
         exec(compile(code, document, "exec"), names)
     assert capsys.readouterr().out
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.evaluate_only:
         model = distillation.new_draft_model(teacher, num_blocks=arguments.blocks, intermediate_size=arguments.width)
         train(model, teacher, words, found, arguments, console)
-    model, words = make_demo_model.load(arguments.output)
+    model = LlamaForCausalLM.from_pretrained(arguments.output, dtype=torch.float32, local_files_only=True)
     console.print(f"weights: {(arguments.output / 'model.safetensors').stat().st_size:,} bytes")
     for num_drafts in NUM_DRAFTS:
         rate = distillation.tokens_per_trip(model, teacher, heldout, num_drafts=num_drafts)
@@ -75,13 +75,20 @@ def train(
     budget = training.Budget(num_steps=arguments.steps, duration_s=arguments.minutes and arguments.minutes * 60)
     for report in distillation.distil(model, teacher, documents, budget, seed=arguments.seed):
         if report.step % STEPS_PER_EVALUATION == 0:
-            make_demo_model.save(model, words, arguments.output)
+            save(model, words, arguments.output)
             rate = distillation.tokens_per_trip(model, teacher, heldout, num_drafts=NUM_DRAFTS[-1])
             console.print(
                 f"{time.monotonic() - started:6.0f} s  step {report.step:5}  loss {report.loss:.3f}"
                 f"  {rate:.2f} tokens per trip"
             )
-    make_demo_model.save(model, words, arguments.output)
+    save(model, words, arguments.output)
+
+
+def save(model: LlamaForCausalLM, words: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the model in bfloat16; its tokenizer is the teacher's, and stays there."""
+    make_demo_model.save(model, words, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
