@@ -168,14 +168,16 @@ def expected_pairs(local: Any, prompt: torch.Tensor, top_p: float) -> dict[tuple
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("num_rows", "num_calls"), [(48, 25), (1, 100)])
-def test_sampled_pairs_are_distributed_as_without(demo: Any, words: Any, num_rows: int, num_calls: int) -> None:
-    """Chi-square at temperature 1 and top-p 0.9; the second token is always a draft that was taken or replaced."""
+def test_sampled_pairs_are_distributed_as_without(demo: Any, words: Any) -> None:
+    """Chi-square at temperature 1 and top-p 0.9; the second token is always a draft that was taken or replaced.
+
+    Many rows side by side hardly ever have all drafts taken, and single ones often have.
+    """
     prompt = words("User: What is a list?\nAssistant:", return_tensors="pt")["input_ids"]
     expected = expected_pairs(demo.local, prompt, 0.9)
     torch.manual_seed(11)
     counts: Counter[tuple[int, int]] = Counter()
-    for _ in range(num_calls):
+    for num_rows in [48] * 25 + [1] * 60:
         rows = demo.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -193,7 +195,7 @@ def test_sampled_pairs_are_distributed_as_without(demo: Any, words: Any, num_row
         )
         counts.update((int(one), int(two)) for one, two in rows[:, prompt.shape[1] : prompt.shape[1] + 2])
     assert set(counts) <= set(expected), "a token that top-p excludes"
-    total = num_rows * num_calls
+    total = counts.total()
     common = [pair for pair, chance in expected.items() if chance * total >= 5]
     observed = [float(counts[pair]) for pair in common]
     wanted = [expected[pair] * total for pair in common]
