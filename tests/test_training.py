@@ -111,6 +111,35 @@ def test_gradients_of_all_hidden_states(pair: tuple[Any, Any, Span]) -> None:
     assert_same(*gradients)
 
 
+def test_gradients_on_the_demo_model(shared_swarm: Any, checkpoints: Callable[[str], Path]) -> None:
+    folder = checkpoints("demo")
+    options = ClientOptions.make(initial_peers=shared_swarm("demo").initial_peers)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        folder, initial_peers=[], options=options, dtype=torch.float32
+    )
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    span = load_span(Checkpoint.open(folder), 0, 8, dtype="float32")
+    inputs = batch(2, 12)
+    mask = torch.ones_like(inputs)
+    mask[1, :5] = 0
+    try:
+        gradients = []
+        for each in (model, local):
+            weight = each.get_input_embeddings().weight.requires_grad_()
+            logits = each(inputs, attention_mask=mask).logits[mask.bool()]
+            gradients.append(torch.autograd.grad(F.cross_entropy(logits, inputs[mask.bool()]), weight)[0])
+        assert_same(*gradients)
+        hidden = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        prompts = torch.randn(4, 1, 2, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        outputs = model.remote_blocks[2:6](hidden, prompts=prompts), run_prompted(span.slice(2, 6), hidden, prompts)
+        for pair in zip(
+            *(torch.autograd.grad(each.square().sum(), [hidden, prompts]) for each in outputs), strict=True
+        ):
+            assert_same(*pair)
+    finally:
+        model.close()
+
+
 # --- deep prompts -----------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +191,21 @@ def test_the_readme_of_earlier_petals(shared_swarm: Any, checkpoints: Callable[[
             loss = F.cross_entropy(each.forward(input_ids=inputs).logits.flatten(0, 1), inputs.flatten())
             loss.backward()
         assert_same(model.transformer.word_embeddings.weight.grad, local.transformer.word_embeddings.weight.grad)
+    finally:
+        model.close()
+    model = DistributedBloomForCausalLM.from_pretrained(
+        checkpoints("bloom"), tuning_mode="ptune", initial_peers=shared_swarm("bloom").initial_peers
+    )
+    try:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        losses = []
+        for _ in range(3):
+            loss = F.cross_entropy(model(inputs).logits.flatten(0, 1), inputs.flatten())
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert losses[-1] < losses[0]
     finally:
         model.close()
 

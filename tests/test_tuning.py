@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -227,3 +229,31 @@ def test_weights_that_do_not_fit(load: Callable[..., Any], tmp_path: Path) -> No
         (tmp_path / "petals_tuning.json").write_text(json.dumps(card | change))
         with pytest.raises(CheckpointError, match=text):
             load(tuned=tmp_path)
+
+
+def test_what_is_pushed_is_what_is_loaded(
+    load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder: what is uploaded to a repository is copied there, and loaded from there."""
+
+    class FolderHub:
+        def __init__(self, token: str | None = None) -> None:
+            assert token == "secret"
+
+        def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> huggingface_hub.RepoUrl:
+            assert private
+            (tmp_path / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, *, folder_path: str, repo_id: str, commit_message: str) -> None:
+            shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FolderHub)
+    model = load(tuning_mode="deep_ptune", pre_seq_len=3)
+    assert model.push_to_hub("me/prompts", private=True, token="secret") == "https://huggingface.co/me/prompts"
+    pushed = tmp_path / "me" / "prompts"
+    assert {path.name for path in pushed.iterdir()} == {"README.md", "model.safetensors", "petals_tuning.json"}
+    assert (pushed / "README.md").read_text().startswith("---\nbase_model: ")
+    again = load(tuned=pushed)
+    for actual, expected in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(actual, expected)

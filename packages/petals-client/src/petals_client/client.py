@@ -37,6 +37,7 @@ def connect(
     allowed_servers: str | Sequence[str] | None = None,
     blocked_servers: str | Sequence[str] | None = None,
     options: ClientOptions | None = None,
+    active_adapter: str | None = None,
 ) -> Client:
     """Load the client's part of a model and join its swarm.
 
@@ -56,6 +57,7 @@ def connect(
         allowed_servers=allowed_servers,
         blocked_servers=blocked_servers,
         options=options,
+        active_adapter=active_adapter,
     )
     try:
         return Client(distributed, load_tokenizer(model, revision=revision, token=token, cache_dir=cache_dir))
