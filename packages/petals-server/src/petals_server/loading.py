@@ -19,7 +19,7 @@ from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.hashes import ProgressCallback
 from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span, block_count, check_device, find_architecture, load_span
-from petals_server import memory, threads
+from petals_server import memory, threads, throughput
 from petals_server.adapters import load_adapters
 from petals_server.config import ServerConfig
 from petals_server.positions import find_max_positions
@@ -143,7 +143,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         if span.quantization == "int8" and opened.device.type == "cpu":
             log.warning("int8 is slow on a CPU: nf4 takes less memory and time")
     adapters = load_adapters(span, config)
-    plan = threads.measure(span, num_threads=config.num_threads)
+    plan = throughput.measure(span, fingerprint=opened.fingerprint, num_threads=config.num_threads)
     free = memory.free_bytes(opened.device)
     cache_cost = memory.measure_cache_cost(span)
     cache_tokens = config.cache_tokens or memory.choose_cache_tokens(cache_cost.token_bytes, free)

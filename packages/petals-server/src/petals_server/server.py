@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from types import TracebackType
@@ -28,6 +29,7 @@ from petals_server.neighbours import Neighbours
 from petals_server.placement.offers import Ability
 from petals_server.placement.view import look
 from petals_server.sessions import SessionTable
+from petals_server.speed import Speed, Speedometer
 
 if TYPE_CHECKING:
     from petals_core.models.hashes import ProgressCallback
@@ -59,6 +61,7 @@ class Server:
         self._identity: Identity
         self._engine: Engine
         self._announcer: Announcer | None = None
+        self._speedometer: Speedometer
         self._neighbours: Neighbours | None = None
         self._requests: RequestHandler | None = None
 
@@ -158,6 +161,10 @@ class Server:
             model.threads.bulk_tokens_per_s,
             model.cache_tokens,
         )
+        measured = Speed(
+            decode_tokens_per_s=model.threads.decode_tokens_per_s, forward_tokens_per_s=model.threads.bulk_tokens_per_s
+        )
+        self._speedometer = Speedometer(measured, now_s=time.monotonic())
         from petals_server.handlers import RequestHandler, ServerFacts
         from petals_server.ring import RingTable
 
@@ -301,7 +308,7 @@ class Server:
         await self._requests(stream)
 
     def _describe(self, now_s: float, expires_at_s: float) -> Announcement:
-        info, threads = self._handler.info(), self.model.threads
+        info, speed = self._handler.info(), self._speedometer.speed
         return Announcement(
             model_name=_printable(info.model_name),
             fingerprint=info.fingerprint,
@@ -314,8 +321,8 @@ class Server:
             quantization=info.quantization,
             issued_at_s=now_s,
             expires_at_s=expires_at_s,
-            inference_tokens_per_s=threads.decode_tokens_per_s,
-            forward_tokens_per_s=threads.bulk_tokens_per_s,
+            inference_tokens_per_s=speed.decode_tokens_per_s,
+            forward_tokens_per_s=speed.forward_tokens_per_s,
             cache_tokens_left=info.cache_tokens_left,
             adapters=tuple(self.model.adapters),
             load=float(self._engine.num_queued),
