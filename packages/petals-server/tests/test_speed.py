@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pytest import approx
 
 from petals_server.speed import AVERAGING_S, MAX_CORRECTION, Speed, Speedometer
 
@@ -21,9 +21,9 @@ def test_a_slower_machine_shows_within_minutes() -> None:
     for now_s in range(1, 601):
         meter.observe(speed(25.0), now_s=float(now_s))
         if now_s == AVERAGING_S:  # in the logarithm, 1 - 1/e of the way
-            assert meter.speed.decode_tokens_per_s == approx(41.6, abs=0.1)
-    assert meter.speed.decode_tokens_per_s == approx(25.0, rel=0.01)
-    assert meter.speed.forward_tokens_per_s == approx(250.0, rel=0.01)
+            assert meter.speed.decode_tokens_per_s == pytest.approx(41.6, abs=0.1)
+    assert meter.speed.decode_tokens_per_s == pytest.approx(25.0, rel=0.01)
+    assert meter.speed.forward_tokens_per_s == pytest.approx(250.0, rel=0.01)
 
 
 @given(RATES, st.lists(st.tuples(RATES, st.floats(-10, 1000)), min_size=1))
@@ -42,7 +42,7 @@ def test_idling_changes_nothing(measured: float, pause_s: float) -> None:
     meter = Speedometer(speed(measured), now_s=0.0)
     meter.observe(speed(2 * measured), now_s=1e9)
     now = meter.speed
-    assert meter.observe(speed(2 * measured), now_s=1e9 + pause_s).decode_tokens_per_s == approx(
+    assert meter.observe(speed(2 * measured), now_s=1e9 + pause_s).decode_tokens_per_s == pytest.approx(
         now.decode_tokens_per_s
     )
 
@@ -52,4 +52,4 @@ def test_how_often_it_is_asked_makes_no_difference() -> None:
     for now_s in range(1, 101):
         often.observe(speed(3.0), now_s=float(now_s))
     seldom.observe(speed(3.0), now_s=100.0)
-    assert often.speed.decode_tokens_per_s == approx(seldom.speed.decode_tokens_per_s)
+    assert often.speed.decode_tokens_per_s == pytest.approx(seldom.speed.decode_tokens_per_s)

@@ -43,15 +43,14 @@ def _read(note: Path, now_s: float) -> threads.ThreadPlan | None:
     measured_at_s = values.pop("measured_at_s", None)
     if not isinstance(measured_at_s, (int, float)) or not 0 <= now_s - measured_at_s <= MAX_AGE_S:
         return None
-    counts = [values.get(name) for name in ("decode", "bulk")]
+    decode, bulk = (values.get(name) for name in ("decode", "bulk"))
     rates = [values.get(name) for name in ("decode_tokens_per_s", "bulk_tokens_per_s")]
-    if not all(isinstance(count, int) and 0 < count <= 1024 for count in counts):
+    decode_rate, bulk_rate = (rate if isinstance(rate, float) and 0 < rate < 1e12 else None for rate in rates)
+    if not (isinstance(decode, int) and isinstance(bulk, int) and 0 < decode <= 1024 and 0 < bulk <= 1024):
         return None
-    if not all(isinstance(rate, (int, float)) and 0 < rate < 1e12 for rate in rates):
+    if decode_rate is None or bulk_rate is None:
         return None
-    return threads.ThreadPlan(
-        decode=counts[0], bulk=counts[1], decode_tokens_per_s=rates[0], bulk_tokens_per_s=rates[1]
-    )
+    return threads.ThreadPlan(decode=decode, bulk=bulk, decode_tokens_per_s=decode_rate, bulk_tokens_per_s=bulk_rate)
 
 
 def _note(span: Span, *, fingerprint: str, num_threads: int | None) -> Path:
