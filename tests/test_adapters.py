@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,29 +125,35 @@ def test_several_adapters_at_once(
     load: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    """Sessions with different adapters, and with none, take turns on the same servers."""
+    """Clients with different adapters, with a trained one of their own, and with none share the servers' turns."""
     model = checkpoints("llama")
     folders = {str(seed): make_adapter(tmp_path / str(seed), model, "llama", seed=seed) for seed in range(2)}
     swarm = new_swarm()
-    for start, end in CUTS:
+    for start, end in ((0, 3), (3, 6)):
         swarm.add(model, start, end, adapters=tuple(map(str, folders.values())))
-    distributed = load(model, swarm)
-    prompts = {"0": batch(1, 4), "1": batch(1, 6, seed=1), None: batch(2, 5, seed=2)}
-    sessions: dict[str | None, Any] = {}
-    tokens = dict(prompts)
-    for _ in range(4):
-        for name, whole in tokens.items():
-            if name not in sessions:
-                sessions[name] = distributed.remote_blocks.new_session(32)
-            with distributed.remote_blocks.use_adapter(name), distributed.remote_blocks.use_session(sessions[name]):
-                new = whole[:, sessions[name].position :]
-                logits = distributed(new).logits[:, -1]
-            tokens[name] = torch.cat([whole, logits.argmax(-1, keepdim=True)], dim=1)
-    for session in sessions.values():
-        session.close()
-    for name, prompt in prompts.items():
-        local = local_with(model, None if name is None else folders[name])
-        assert torch.equal(tokens[name], local.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False))
+    shared = load(model, swarm)
+    own = load(model, swarm, tuned=folders["1"])
+    wanted = [("0", shared, 4), ("1", shared, 6), (None, shared, 5), ("0", shared, 5), ("own", own, 6)]
+    tokens: dict[int, Tensor] = {}
+
+    def generate(number: int) -> None:
+        name, distributed, length = wanted[number]
+        with distributed.remote_blocks.use_adapter(None if name == "own" else name):
+            tokens[number] = distributed.generate(
+                batch(2, length, seed=number), max_new_tokens=12, min_new_tokens=12, do_sample=False
+            )
+
+    threads = [threading.Thread(target=generate, args=(number,)) for number in range(len(wanted))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, (name, _, length) in enumerate(wanted):
+        local = local_with(model, folders["1"] if name == "own" else None if name is None else folders[name])
+        inputs = batch(2, length, seed=number)
+        assert torch.equal(
+            tokens[number], local.generate(inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        )
 
 
 # --- what is missing or does not fit ----------------------------------------------------------------------------------

@@ -19,6 +19,10 @@ ADDRESS = "127.0.0.1:1"
     [
         (["serve", "m", "--num_blocks", "3"], ["serve", "m", "--num-blocks", "3"]),
         (["--block_indices=0:4"], ["--blocks=0:4"]),
+        (
+            ["--adapters", "a", "x=b/c", "--new_swarm"],
+            ["--adapters", "a", "--adapters", "x=b/c", "--new-swarm"],
+        ),
         (["--torch_dtype", "float32", "--new_swarm"], ["--torch-dtype", "float32", "--new-swarm"]),
         (["--public_name", "a_b"], ["--public-name", "a_b"]),
         (["--public_ip", "1.2.3.4", "--identity_path=x_y"], ["--announce-host", "1.2.3.4", "--identity=x_y"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from petals_core.errors import (
     DeadlineExceededError,
+    DrainingError,
     GraphExpiredError,
     InvalidRequestError,
     MissingAdapterError,
@@ -198,6 +200,19 @@ def test_values_are_their_senders_and_last_as_long_as_their_stream(checkpoint: P
             with pytest.raises(MissingAdapterError, match="it has no adapters"):
                 await request(client, Forward, [HIDDEN], active_adapter="poems@00000000")
             await assert_trains(client)
+
+    run_clean(run())
+
+
+def test_tuning_sessions_do_not_keep_a_server_from_stopping(checkpoint: Path) -> None:
+    async def run() -> None:
+        async with served(checkpoint) as client:
+            tuning = Tuning(client)
+            await tuning.open(torch.zeros(count_values(client)))
+            stopping = asyncio.create_task(client.server.stop(drain_timeout_s=600.0))
+            with pytest.raises(DrainingError, match="about to stop"):
+                await tuning.stream.receive(timeout_s=TIMEOUT_S)
+            await stopping
 
     run_clean(run())
 

@@ -120,6 +120,7 @@ class Server:
         """
         if self._requests is not None and self._requests.state == "online":
             self._requests.state = "draining"
+            self._requests.training.sessions.close()
             if drain_timeout_s > 0 and self._announcer is not None and self._requests.num_requests:
                 try:
                     async with asyncio.timeout(drain_timeout_s):

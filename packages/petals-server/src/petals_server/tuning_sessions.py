@@ -7,6 +7,7 @@ Letters: V values of all matrices in one row.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from petals_core.announcement import DTYPES
 from petals_core.errors import (
     DeadlineExceededError,
+    DrainingError,
     InvalidRequestError,
     OverloadedError,
     ProtocolError,
@@ -75,6 +77,7 @@ class TuningSessions:
         self._engine = engine
         self._limits = limits
         self._sessions: list[_Session] = []
+        self._is_over = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -105,6 +108,7 @@ class TuningSessions:
             InvalidRequestError: values or layers do not fit the span, or are too many.
             OverloadedError: there is no room now.
             DeadlineExceededError: they were not used for as long as a session may be idle.
+            DrainingError: the server is about to stop.
         """
         layout = LoraLayout(
             start=span.start,
@@ -157,14 +161,29 @@ class TuningSessions:
     async def _receive(self, stream: Stream, session: _Session) -> Message:
         """The next values; requests on other streams keep a session alive."""
         max_idle_s = self._limits.max_idle_s
-        while True:
-            try:
-                return await stream.receive(timeout_s=max(0.0, session.used_s + max_idle_s - time.monotonic()))
-            except DeadlineExceededError:
-                if time.monotonic() - session.used_s >= max_idle_s:
-                    raise DeadlineExceededError(
-                        f"the tuning session was idle for {max_idle_s:.0f} s and is closed: open a new one"
-                    ) from None
+        over = asyncio.ensure_future(self._is_over.wait())
+        try:
+            while True:
+                left_s = max(0.0, session.used_s + max_idle_s - time.monotonic())
+                values = asyncio.ensure_future(stream.receive(timeout_s=left_s))
+                try:
+                    await asyncio.wait((values, over), return_when=asyncio.FIRST_COMPLETED)
+                    if over.done():
+                        raise DrainingError("the server is about to stop")
+                    return values.result()
+                except DeadlineExceededError:
+                    if time.monotonic() - session.used_s >= max_idle_s:
+                        raise DeadlineExceededError(
+                            f"the tuning session was idle for {max_idle_s:.0f} s and is closed: open a new one"
+                        ) from None
+                finally:
+                    values.cancel()
+        finally:
+            over.cancel()
+
+    def close(self) -> None:
+        """End all sessions: the server takes no new requests, and those under way have what they need."""
+        self._is_over.set()
 
     async def _take_values(
         self,
