@@ -26,7 +26,7 @@ import texts
 from petals_client import AutoDistributedModelForCausalLM
 
 TARGET = 0.95
-options = workbench.parse("LoRA through a swarm.", steps=160)
+options = workbench.parse("LoRA through a swarm.", steps=60)
 swarm = workbench.Swarm(options)
 
 # %% [markdown]
@@ -64,7 +64,8 @@ else:
 
 
 def train(model, name):
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.005)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=options.steps)
     losses = []
     rows = workbench.batches(training, 16)
     for _ in workbench.track(range(options.steps), f"training ({name})"):
@@ -72,6 +73,7 @@ def train(model, name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay.step()
         losses.append(float(loss.detach()))
     return losses
 

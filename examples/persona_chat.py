@@ -26,7 +26,7 @@ import texts
 from petals_client import AutoDistributedModelForCausalLM
 
 TARGET = 0.6
-options = workbench.parse("A persona by deep prompt tuning.", steps=200)
+options = workbench.parse("A persona by deep prompt tuning.", steps=120)
 swarm = workbench.Swarm(options)
 
 # %% [markdown]
@@ -59,6 +59,7 @@ print(f"before: {held_out[0][0]} {workbench.reply(model, tokenizer, held_out[0][
 
 def train(model, name):
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.02)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=options.steps)
     losses = []
     rows = workbench.batches(training, min(18, len(training)))
     for _ in workbench.track(range(options.steps), f"training ({name})"):
@@ -66,6 +67,7 @@ def train(model, name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay.step()
         losses.append(float(loss.detach()))
     return losses
 

@@ -26,7 +26,7 @@ import texts
 from petals_client import AutoDistributedModelForSequenceClassification
 
 TARGET = 0.9
-options = workbench.parse("Sentiment by prompt tuning.", steps=300)
+options = workbench.parse("Sentiment by prompt tuning.", steps=240)
 swarm = workbench.Swarm(options)
 
 # %% [markdown]
@@ -69,6 +69,7 @@ def encode(rows):
 
 def train(model, name):
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=options.steps)
     losses = []
     rows = workbench.batches(training, 16)
     for _ in workbench.track(range(options.steps), f"training ({name})"):
@@ -76,6 +77,7 @@ def train(model, name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay.step()
         losses.append(float(loss.detach()))
     return losses
 

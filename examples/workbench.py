@@ -36,7 +36,21 @@ def parse(description: str, *, steps: int) -> argparse.Namespace:
     parser.add_argument(
         "--pictures", type=Path, default=_PICTURES, help="folder for the loss curve (default: %(default)s)"
     )
+    _silence()
     return parser.parse_args([] if "ipykernel" in sys.modules else None)
+
+
+def _silence() -> None:
+    """Leave the terminal to the example: no bars of loading, and no advice for other uses."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("petals_server").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # by PEFT
 
 
 class Swarm:
