@@ -54,7 +54,7 @@ def make_environment(end: str) -> Path:
     # Without the project's settings, because those pin every version to the ones in between.
     wanted = [f"{name}=={version}" for name, version in ENDS[end].items()]
     members = [option for name in MEMBERS for option in ("--editable", f"packages/{name}")]
-    tests = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+    tests = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "peft"]
     environment.uv("pip", "install", "--no-config", "--python", str(python), *wanted, *members, *tests)
     return python
 
