@@ -45,6 +45,8 @@ class Birth:
     initial_peers: Sequence[str]
     torch_dtype: str = "float32"
     cache_tokens: int = 16_384
+    announced_port: int | None = None
+    """Where others connect to, if something stands between; None: ``port``."""
 
 
 class NurseryError(Exception):
@@ -198,6 +200,14 @@ async def _serve(birth: Birth, folder: Path) -> None:
     from petals_server.config import ServerConfig
     from petals_server.server import Server
 
+    class Behind(Server):
+        """A server that others reach through something else."""
+
+        async def _join(self, host: str | None) -> None:
+            await super()._join(host)
+            if birth.announced_port is not None:
+                self.address = Address("127.0.0.1", birth.announced_port)
+
     config = ServerConfig(
         model=birth.model,
         blocks=(birth.start, birth.end),
@@ -209,9 +219,14 @@ async def _serve(birth: Birth, folder: Path) -> None:
         num_threads=1,
         cache_tokens=birth.cache_tokens,
     )
-    async with Server(config):
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    server = await Behind.start(config)
+    try:
         _tell(_READY, os.getpid())
-        await asyncio.Event().wait()
+        await stopping.wait()
+    finally:
+        await server.stop()
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def run(settings: Settings, *, tell: Callable[[str], None] = lambda text: None) 
                         model=str(model),
                         start=start,
                         end=end,
-                        port=_free_port(),
+                        port=free_port(),
                         initial_peers=(address,),
                     )
                     for number, (start, end) in enumerate(SPANS * NUM_COPIES)
@@ -266,7 +266,7 @@ def _compare(results: Sequence[tuple[torch.Tensor, torch.Tensor | None]], model:
             outcome.different.append(number)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port: int = listening.getsockname()[1]
