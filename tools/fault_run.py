@@ -103,6 +103,7 @@ class FaultLab:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="proxies")
         thread.start()
+        self._resources.callback(self._loop.close)
         self._resources.callback(thread.join)
         self._resources.callback(self._loop.call_soon_threadsafe, self._loop.stop)
         self._resources.callback(self._close_proxies)

@@ -26,7 +26,7 @@ from petals_core.identity import Identity
 from petals_core.swarm_key import SwarmKey
 from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
 from petals_core.wire.compression import Mode
-from petals_server.config import ServerConfig, parse_blocks, parse_size
+from petals_server.config import ServerConfig, ServerLimits, parse_blocks, parse_size
 
 log = logging.getLogger("petals_server")
 
@@ -128,6 +128,14 @@ def serve(
             "--attn-cache-tokens", metavar="N", help="Tokens that all sessions may hold together [by free memory]."
         ),
     ] = None,
+    kept_outputs: Annotated[
+        str,
+        typer.Option(
+            "--kept-outputs",
+            metavar="SIZE",
+            help="Memory for what sessions passed on, to rebuild a next server that is replaced.",
+        ),
+    ] = "512MiB",
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", help="Threads that compute [measured].")
     ] = None,
@@ -178,6 +186,7 @@ def serve(
         revision=revision,
         token=token,
         cache_dir=cache_dir,
+        limits=ServerLimits(max_kept_bytes=parse_size(kept_outputs, "--kept-outputs")),
         max_disk_bytes=None if max_disk_space is None else parse_size(max_disk_space),
         swarm_key=None if swarm_key_file is None else SwarmKey.read(swarm_key_file),
         identity=Identity.default("server") if identity is None else Identity.load(identity),

@@ -46,6 +46,8 @@ class ServerLimits:
     max_tuning_sessions_per_peer: int = 4
     max_kept_bytes: int = 512 << 20
     """Memory for outputs of all sessions, kept so that a server that replaces the next one can be rebuilt."""
+    route_timeout_s: float = 5.0
+    """How long another server that knows a session's id may wait until the client names it as the one before."""
     retry_after_s: float = 2.0
     """What a client that is refused for want of room is told to wait, where nothing better is known."""
 
@@ -147,15 +149,15 @@ def parse_blocks(text: str) -> tuple[int, int]:
     return int(first), int(end)
 
 
-def parse_size(text: str) -> int:
-    """Read a number of bytes: ``500MB``, ``1.5 GiB``, ``2TB``.
+def parse_size(text: str, option: str = "--max-disk-space") -> int:
+    """Read a number of bytes that was given as ``option``: ``500MB``, ``1.5 GiB``, ``2TB``.
 
     Raises:
         ConfigurationError: ``text`` has another form, or is nothing.
     """
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([kmgtKMGT]?)(i?)[bB]?", text.strip())
     if match is None or not (num_bytes := int(float(match[1]) * _size_unit(match[2], is_binary=bool(match[3])))):
-        raise ConfigurationError(f"--max-disk-space {text!r} is not a size: give for example 200GB")
+        raise ConfigurationError(f"{option} {text!r} is not a size: give for example 200GB")
     return num_bytes
 
 

@@ -48,13 +48,12 @@ from petals_core.wire.messages import (
     Step,
     StepResult,
 )
+from petals_server.config import ServerLimits
 
 log = logging.getLogger(__name__)
 
 _MAX_WAITING_STEPS: Final = 2
 """Steps of one session that were taken from the wire and not computed; the others wait as the wire's credit says."""
-_ROUTE_TIMEOUT_S: Final = 5.0
-"""How long a server that knows a session's id may wait to be named by the client."""
 _BACKLOG_BYTES: Final = 4 * MIB
 """Outputs of one session that wait for the network before the next step is computed."""
 
@@ -316,7 +315,7 @@ class RingSession:
     async def follow(self, stream: Stream) -> None:
         """Take steps from the server before, until its stream ends or the client chooses another one."""
         try:
-            async with asyncio.timeout(_ROUTE_TIMEOUT_S):
+            async with asyncio.timeout(self._table.route_timeout_s):
                 while self._previous != stream.peer_id:
                     await self._routed.wait()  # the client has told the server before, and us in a moment
         except TimeoutError:
@@ -342,10 +341,11 @@ class RingSession:
 class RingTable:
     """The open sessions of a server by their ids, and the memory that their kept outputs take."""
 
-    def __init__(self, dialer: Dialer, *, fingerprint: str, max_kept_bytes: int, is_local: bool) -> None:
+    def __init__(self, dialer: Dialer, *, fingerprint: str, limits: ServerLimits, is_local: bool) -> None:
         """``is_local``: whether the next server may be one that only this machine can reach."""
         self.dialer = dialer
-        self.max_kept_bytes = max_kept_bytes
+        self.max_kept_bytes = limits.max_kept_bytes
+        self.route_timeout_s = limits.route_timeout_s
         self.kept_bytes = 0
         self._fingerprint = fingerprint
         self._is_local = is_local

@@ -180,7 +180,7 @@ class Server:
             ring=RingTable(
                 dialer,
                 fingerprint=model.fingerprint,
-                max_kept_bytes=config.limits.max_kept_bytes,
+                limits=config.limits,
                 is_local=self.address.is_loopback,
             ),
             limits=config.limits,

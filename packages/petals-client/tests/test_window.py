@@ -1,0 +1,57 @@
+"""A simulated chain: the window keeps its slowest stage busy, and holds little more than that takes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petals_client.window import MAX_PART_TOKENS, FlightWindow, choose_part_tokens
+
+
+def simulate(stages_s: list[float], delay_s: float, num_parts: int) -> tuple[float, int]:
+    """Send parts through stages that work one part at a time, with a delay between; returns the time, and the most
+    parts that were under way."""
+    window = FlightWindow(len(stages_s))
+    free_s = [0.0] * len(stages_s)
+    under_way: list[tuple[float, float]] = []
+    now_s, most = 0.0, 0
+    for _ in range(num_parts):
+        while not window.has_room:
+            sent_s, now_s = under_way.pop(0)
+            window.done(trip_s=now_s - sent_s, now_s=now_s)
+        at_s = now_s
+        for index, stage_s in enumerate(stages_s):
+            at_s = free_s[index] = max(at_s + delay_s, free_s[index]) + stage_s
+        window.sent()
+        under_way.append((now_s, at_s))
+        most = max(most, window.num_in_flight)
+    return under_way[-1][1], most
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.005, 0.1), min_size=1, max_size=6), st.floats(0.0, 0.1))
+def test_the_slowest_stage_is_kept_busy(stages_s: list[float], delay_s: float) -> None:
+    num_parts = 100
+    total_s, _ = simulate(stages_s, delay_s, num_parts)
+    fill_s = sum(stages_s) + delay_s * len(stages_s)
+    # What the window costs while it learns is a part of a few trips.
+    assert total_s <= max(stages_s) * num_parts * 1.2 + 3 * fill_s
+
+
+def test_little_is_under_way_where_nothing_is_far() -> None:
+    _, most = simulate([0.05, 0.05, 0.05], 0.0, 100)
+    assert most <= 10
+
+
+def test_much_is_under_way_where_all_is_far() -> None:
+    _, most = simulate([0.005, 0.005], 0.2, 200)
+    assert most > 20
+
+
+@pytest.mark.parametrize("num_hops", [1, 3, 8])
+def test_parts_are_many_and_not_tiny(num_hops: int) -> None:
+    assert choose_part_tokens(1, num_hops, max_tokens=2048) >= 32
+    assert choose_part_tokens(10**6, num_hops, max_tokens=2048) == MAX_PART_TOKENS
+    assert choose_part_tokens(2048, num_hops, max_tokens=10) == 10
+    assert 2048 / choose_part_tokens(2048, 3, max_tokens=2048) >= 30

@@ -1,0 +1,233 @@
+"""Sessions whose servers fail, leave, or can't reach each other: the tokens are those of the local model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from petals_client import AutoDistributedModelForCausalLM, ClientOptions
+from petals_core.errors import MissingBlocksError, PetalsError
+from petals_server.config import ServerLimits
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+SPANS = ((0, 2), (2, 4), (4, 6))
+
+
+def prompt(seed: int, rows: int = 1, width: int = 6) -> torch.Tensor:
+    return torch.randint(3, 259, (rows, width), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def connect(folder: Path, swarm: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> Iterator[Any]:
+    """A distributed model that is closed at the end; ``settings`` are its options."""
+    options = ClientOptions.make(initial_peers=swarm.initial_peers, **settings)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        folder, initial_peers=swarm.initial_peers, options=options, dtype=dtype
+    )
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+class At:
+    """A stopping criterion that does something when so many tokens are there, and never stops."""
+
+    def __init__(self, count: int, action: Callable[[], None]) -> None:
+        self._left = count
+        self._action = action
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._left -= 1
+        if self._left == 0:
+            self._action()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def local(pairs: Any) -> Any:
+    return pairs("llama").local
+
+
+@pytest.mark.parametrize(
+    ("kept_bytes", "settings"),
+    [(1 << 20, {"num_beams": 3}), (0, {"max_new_tokens": 14})],
+    ids=["beams from kept outputs", "greedy from the client's inputs"],
+)
+def test_servers_are_replaced_one_after_another(
+    new_swarm: Any, checkpoints: Any, local: Any, kept_bytes: int, settings: dict[str, Any]
+) -> None:
+    """By one for all of their blocks; beams change places meanwhile, and rows are padded."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    limits = ServerLimits(max_kept_bytes=kept_bytes)
+    servers = [swarm.add(folder, start, end, limits=limits) for start, end in SPANS]
+    tokens = prompt(0, rows=2, width=9)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    settings = {"max_new_tokens": 12, **GREEDY, **settings}
+
+    def swap(index: int) -> None:
+        swarm.add(folder, *SPANS[index], limits=limits)
+        swarm.remove(servers[index])
+
+    with connect(folder, swarm) as model:
+        criteria = [At(2 + 3 * index, lambda index=index: swap(index)) for index in (0, 1)]
+        given = model.generate(tokens, attention_mask=mask, stopping_criteria=criteria, **settings)
+        swarm.wait_for_sessions(0)
+    assert torch.equal(given, local.generate(tokens, attention_mask=mask, **settings))
+
+
+def test_a_long_prompt_is_interrupted(new_swarm: Any, checkpoints: Any, local: Any) -> None:
+    """Parts of a prompt are under way everywhere when servers go, two of them at once."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    servers = [swarm.add(folder, start, end) for start, end in SPANS]
+    for start, end in SPANS[1:]:
+        swarm.add(folder, start, end)
+    tokens = prompt(1, width=700)
+    with connect(folder, swarm) as model, model.inference_session(max_length=720) as session:
+        model.generate(tokens[:, :1], max_new_tokens=1, **GREEDY)
+        session.truncate(0)
+        used = {hop.peer_id for hop in session._remote.chain}
+
+        def remove() -> None:
+            for server in servers[1:]:
+                if server.peer_id in used:
+                    swarm.remove(server)
+
+        timer = threading.Timer(0.02, remove)
+        timer.start()
+        given = model.generate(tokens, max_new_tokens=4, **GREEDY)
+        timer.join()
+    assert torch.equal(given, local.generate(tokens, max_new_tokens=4, **GREEDY))
+
+
+def test_servers_that_can_not_reach_each_other(
+    new_swarm: Any, checkpoints: Any, local: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client carries the states between them and says so; also when the way breaks in the middle."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    servers = [swarm.add(folder, start, end) for start, end in SPANS]
+    tokens = prompt(2, width=80)
+
+    def isolate(server: Any) -> None:
+        swarm.run(server._handler.ring.dialer.close())
+
+    isolate(servers[0])
+    with connect(folder, swarm) as model, model.inference_session(max_length=100) as session:
+        with caplog.at_level(logging.WARNING, "petals_client"):
+            given = model.generate(
+                tokens, max_new_tokens=8, stopping_criteria=[At(4, lambda: isolate(servers[1]))], **GREEDY
+            )
+        first, last = session.trace()[0], session.trace()[-1]
+        assert [hop.is_carried for hop in first.hops[:3]] == [False, True, False]
+        assert [hop.is_carried for hop in last.hops] == [False, True, True]
+        lines = [record.getMessage() for record in caplog.records if "carries" in record.getMessage()]
+        assert len(lines) == 2, "once for each way"
+    assert torch.equal(given, local.generate(tokens, max_new_tokens=8, **GREEDY))
+
+
+def test_waiting_until_somebody_comes(
+    new_swarm: Any, checkpoints: Any, local: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    swarm, folder = new_swarm(), checkpoints("llama")
+    leaving = [swarm.add(folder, start, end) for start, end in SPANS][1]
+    tokens = prompt(3)
+    came: list[threading.Timer] = []
+
+    def leave() -> None:
+        swarm.remove(leaving)
+        came.append(threading.Timer(0.5, lambda: (swarm.add(folder, 3, 5), swarm.add(folder, 2, 3))))
+        came[0].start()
+
+    with connect(folder, swarm) as model, caplog.at_level(logging.WARNING, "petals_client"):
+        given = model.generate(tokens, max_new_tokens=8, stopping_criteria=[At(3, leave)], **GREEDY)
+        came[0].join()
+    assert torch.equal(given, local.generate(tokens, max_new_tokens=8, **GREEDY))
+    assert any("waiting for a server of blocks 2:4" in record.getMessage() for record in caplog.records)
+
+
+def test_waiting_ends(new_swarm: Any, checkpoints: Any) -> None:
+    swarm, folder = new_swarm(), checkpoints("llama")
+    leaving = [swarm.add(folder, start, end) for start, end in SPANS][1]
+    with connect(folder, swarm, recovery_timeout_s=0.5) as model, pytest.raises(PetalsError) as caught:
+        model.generate(prompt(4), max_new_tokens=8, stopping_criteria=[At(3, lambda: swarm.remove(leaving))], **GREEDY)
+    assert not isinstance(caught.value, MissingBlocksError) or "2:4" in caught.value.message
+
+
+def test_a_server_that_drains_is_left_without_a_failed_step(
+    new_swarm: Any, checkpoints: Any, local: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is gone long before its bound, because its sessions have moved."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    leaving = [swarm.add(folder, start, end) for start, end in SPANS][1]
+    swarm.add(folder, 2, 4)
+    tokens = prompt(5)
+    stopping: list[Any] = []
+    with connect(folder, swarm) as model, model.inference_session(max_length=40) as session:
+        model.generate(tokens, max_new_tokens=2, **GREEDY)
+        while leaving.peer_id not in {hop.peer_id for hop in session._remote.chain}:
+            session.truncate(0)
+            session._drop_remote()
+            model.generate(tokens, max_new_tokens=2, **GREEDY)
+
+        def drain() -> None:
+            swarm.servers.remove(leaving)
+            stopping.append(swarm.start(leaving.stop(drain_timeout_s=50.0)))
+            swarm.run(_until_draining(leaving))
+
+        with caplog.at_level(logging.INFO, "petals_client"):
+            session.truncate(0)
+            given = model.generate(tokens, max_new_tokens=10, stopping_criteria=[At(4, drain)], **GREEDY)
+        stopping[0].result(timeout=20)
+        assert leaving.peer_id not in {hop.peer_id for hop in session._remote.chain}
+        assert not [record for record in caplog.records if "failed" in record.getMessage()]
+    assert torch.equal(given, local.generate(tokens, max_new_tokens=10, **GREEDY))
+
+
+async def _until_draining(server: Any) -> None:
+    while server._listener._is_draining is False:  # noqa: ASYNC110 -- servers have no event for it
+        await asyncio.sleep(0.001)
+
+
+def test_a_chain_works_without_bootstrap_nodes(new_swarm: Any, checkpoints: Any, local: Any) -> None:
+    """Nobody is asked for anything on the path of a step; a failure is mended with what servers know of each other."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    leaving = [swarm.add(folder, start, end) for start, end in SPANS][2]
+    tokens = prompt(6)
+
+    def swap() -> None:
+        swarm.add(folder, 4, 6)
+        swarm.run(swarm._bootstrap.close())
+        swarm.remove(leaving)
+
+    with connect(folder, swarm) as model:
+        given = model.generate(tokens, max_new_tokens=8, stopping_criteria=[At(3, swap)], **GREEDY)
+    assert torch.equal(given, local.generate(tokens, max_new_tokens=8, **GREEDY))
+
+
+def test_bfloat16_tokens_that_were_given_stay(new_swarm: Any, checkpoints: Any) -> None:
+    swarm, folder = new_swarm(), checkpoints("llama")
+    leaving = [swarm.add(folder, start, end, torch_dtype="bfloat16") for start, end in SPANS][1]
+    tokens, given_before = prompt(7), []
+
+    class Noting(At):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            given_before.append(input_ids.clone())
+            return super().__call__(input_ids, scores, **kwargs)
+
+    def swap() -> None:
+        swarm.add(folder, 2, 4, torch_dtype="bfloat16")
+        swarm.remove(leaving)
+
+    with connect(folder, swarm, torch.bfloat16) as model:
+        given = model.generate(tokens, max_new_tokens=10, stopping_criteria=[Noting(4, swap)], **GREEDY)
+    for before in given_before:
+        assert torch.equal(given[:, : before.shape[1]], before)
