@@ -26,9 +26,8 @@ def lab() -> Iterator[FaultLab]:
     ("fault", "target", "moment"),
     [
         ("kill -9", "middle", "step 20"),
-        ("kill -9", "two", "prefill"),
+        ("kill -9", "two", "truncate"),
         ("SIGSTOP", "last", "step 1"),
-        ("cut", "two", "truncate"),
         ("corrupt", "last", "step 1"),
         ("restart", "first", "between"),
         ("drain", "middle", "step 1"),
