@@ -7,7 +7,7 @@ from petals_core.errors import NotEnoughMemoryError
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.split import load_span
 from petals_server import memory, threads
-from petals_server.scheduling import Urgency
+from petals_server.scheduling.request import Urgency
 
 
 def test_blocks_are_counted_with_room_for_the_cache() -> None:

@@ -25,7 +25,7 @@ from petals_core.net.stream import EndOfStreamError
 from petals_core.testing.network import run_clean
 from petals_core.wire.messages import SessionOpened, Step
 from petals_server.config import ServerLimits
-from petals_server.scheduling import MAX_DECODE_TURNS
+from petals_server.scheduling.scheduler import MAX_TURNS_LEFT_OUT
 from petals_server.testing import Client, Session, connected, random_states, served, until
 
 STATES = random_states(1, 3)[0]
@@ -309,7 +309,7 @@ def test_a_step_that_fails_half_way_ends_its_session_alone(checkpoint: Path) -> 
             step = asyncio.ensure_future(session.step([random_states(1, 400)[0]], deadline_ms=1000))
             await until(lambda: engine.num_queued == 1)
             # Behind so many urgent calls the step has had its first turn, of 400.
-            await asyncio.gather(*(engine.call(lambda: None) for _ in range(MAX_DECODE_TURNS + 1)))
+            await asyncio.gather(*(engine.call(lambda: None) for _ in range(MAX_TURNS_LEFT_OUT + 1)))
             async with Blocker(client):
                 deadline_s = time.monotonic() + 1
                 await until(lambda: time.monotonic() > deadline_s)

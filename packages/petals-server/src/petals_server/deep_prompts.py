@@ -3,13 +3,13 @@
 Letters: R rows, N columns of a batch, B blocks, P prompt tokens of a row, H hidden size.
 """
 
-# ruff: noqa: N803 -- tensors are named by their shape
+# ruff: noqa: N803, N806 -- tensors are named by their shape
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,18 +41,25 @@ def prompted(
     """
     add = _adder(prompts_BRPH, row_tokens, row_lengths or [0] * len(row_tokens))
 
+    with nullcontext() if add is None else _hooked(span, lambda states, index: add(states, prompts_BRPH[index])):
+        yield
+
+
+@contextmanager
+def _hooked(span: Span, add: Callable[[torch.Tensor, int], torch.Tensor]) -> Iterator[None]:
+    """Let ``add`` change the states on their way into each block, given the block's number in the span."""
+
     def hook(
         block: object, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (add(args[0], prompts_BRPH[index]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"], prompts_BRPH[index])}
+            return (add(args[0], index), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"], index)}
 
     with ExitStack() as stack:
-        if add is not None:
-            for index, block in enumerate(span.blocks):
-                handle = block.register_forward_pre_hook(functools.partial(hook, index=index), with_kwargs=True)
-                stack.callback(handle.remove)
+        for index, block in enumerate(span.blocks):
+            handle = block.register_forward_pre_hook(functools.partial(hook, index=index), with_kwargs=True)
+            stack.callback(handle.remove)
         yield
 
 
@@ -96,8 +103,50 @@ class SessionPrompts:
         self._encoded: EncodedTensor | None = encoded
         self._prompts_BRPH: torch.Tensor
 
-    def added(self, row_tokens: Sequence[int], row_lengths: Sequence[int]) -> Any:
-        """Context in which the span adds them to a step's tokens; raises ``ProtocolError`` the first time."""
+    def states(self) -> torch.Tensor:
+        """The prompts [B, 1, P, H]; raises ``ProtocolError`` the first time."""
         if self._encoded is not None:
             self._prompts_BRPH, self._encoded = self._encoded.decode(self._span), None
-        return prompted(self._span, self._prompts_BRPH, row_tokens, row_lengths)
+        return self._prompts_BRPH
+
+    def added(self, row_tokens: Sequence[int], row_lengths: Sequence[int]) -> Any:
+        """Context in which the span adds them to a step's tokens; raises ``ProtocolError`` the first time."""
+        return prompted(self._span, self.states(), row_tokens, row_lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptedRow:
+    """A row of a batch and the prompts of its session."""
+
+    prompts: SessionPrompts
+    start: int
+    """Where its tokens begin among those of the batch."""
+    past: int
+    count: int
+
+
+@contextmanager
+def prompted_rows(span: Span, rows: Sequence[PromptedRow]) -> Iterator[None]:
+    """Let each block see the states of rows' first tokens with their sessions' prompts added.
+
+    The rows are some of those of a batch whose tokens are, in whatever shape, a sequence of vectors [..., H].
+    """
+    places: list[int] = []
+    values: list[torch.Tensor] = []
+    for row in rows:
+        prompts_BRPH = row.prompts.states()
+        count = min(prompts_BRPH.shape[2] - row.past, row.count)
+        if count > 0:
+            places += range(row.start, row.start + count)
+            values.append(prompts_BRPH[:, 0, row.past : row.past + count])
+    if not places:
+        yield
+        return
+    values_BKH = values[0] if len(values) == 1 else torch.cat(values, dim=1)
+    indices = torch.tensor(places, device=values_BKH.device)
+
+    def add(states: torch.Tensor, index: int) -> torch.Tensor:
+        return states.reshape(-1, states.shape[-1]).index_add(0, indices, values_BKH[index]).view_as(states)
+
+    with _hooked(span, add):
+        yield

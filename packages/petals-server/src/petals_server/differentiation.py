@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from petals_core.models.split import Span
 from petals_server.columns import spread
 from petals_server.deep_prompts import prompted
-from petals_server.execution import as_mask, default_positions
+from petals_server.execution.states import as_mask, default_positions
 
 
 class Gradients(NamedTuple):

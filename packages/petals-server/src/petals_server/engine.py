@@ -1,8 +1,8 @@
-"""The one thread that owns the device: it decides whose turn it is, computes, and hands the outcome back.
+"""The one thread that owns the device: it decides what the next turn computes, computes it, and hands results back.
 
-The event loop puts work into an inbox and awaits a future. The thread sorts the inbox into a backlog, takes the most
-urgent work, computes one turn of it, and either queues it again or wakes the event loop once. Nothing else touches the
-model or a session's cache while its work is under way, so neither needs a lock.
+The event loop adds work to the scheduler under a lock and awaits a future. The device's thread takes a plan under the
+same lock, computes it without, and hands what is complete to the event loop, which encodes and sends it while the
+device is at its next turn. Nothing else touches the model or a cache while a turn is computed.
 """
 
 from __future__ import annotations
@@ -10,50 +10,82 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Final, Generic, TypeVar, final
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar, final
 
 from petals_core.errors import DeadlineExceededError, DrainingError, OverloadedError, PetalsError, RemoteFailureError
+from petals_core.identity import PeerId
+from petals_server.cache.pages import CachePages
 from petals_server.config import ServerLimits
-from petals_server.scheduling import Backlog, Urgency
+from petals_server.scheduling.pace import Pace
+from petals_server.scheduling.plan import Part, Plan
+from petals_server.scheduling.request import Request, Urgency
+from petals_server.scheduling.scheduler import Scheduler, Wait
+from petals_server.scheduling.shares import Shares
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_UNFINISHED: Final = object()
 
+class Work(Request, Generic[T]):
+    """Something that the device computes, in one turn or several. Used once."""
 
-class Work(ABC, Generic[T]):
-    """Something that the device computes, in one turn or several."""
+    def __init__(
+        self,
+        *,
+        urgency: Urgency,
+        num_tokens: int,
+        deadline_s: float | None,
+        peer_id: PeerId | None = None,
+        session: object | None = None,
+        key: Hashable | None = None,
+        max_turn_tokens: int = 1 << 30,
+    ) -> None:
+        """``deadline_s``: on ``time.monotonic``'s clock."""
+        super().__init__(
+            urgency=urgency,
+            num_tokens=num_tokens,
+            arrived_s=time.monotonic(),
+            deadline_s=deadline_s,
+            peer_id=peer_id,
+            session=session,
+            key=key,
+            max_turn_tokens=max_turn_tokens,
+        )
+        self._future: asyncio.Future[None] | None = None
 
-    def __init__(self, *, urgency: Urgency, num_tokens: int, deadline_s: float | None) -> None:
-        self.urgency = urgency
-        self.num_tokens = num_tokens
-        self.deadline_s = deadline_s
-        """On ``time.monotonic``'s clock: work that is not finished by then is dropped. None: no deadline."""
-        self.queue_s = 0.0
-        """Time from arrival to the first turn."""
-        self.compute_s = 0.0
-        """Time of all turns."""
-        self._arrived_s = time.monotonic()
-        self._is_started = False
-        self._future: asyncio.Future[T] | None = None
+    @property
+    def is_heavy(self) -> bool:
+        """Whether :meth:`prepare` and :meth:`result` take so long that the event loop should not do them."""
+        return False
 
-    @abstractmethod
+    def prepare(self) -> None:
+        """Decode what came, before the work is scheduled; in the event loop or a thread of the engine's.
+
+        Raises:
+            PetalsError: what came is broken.
+        """
+
     def advance(self) -> bool:
-        """Compute one turn, in the device's thread; True when the result is there.
+        """Compute one turn alone, in the device's thread; True when the result is there.
 
         Raises:
             PetalsError: the request is at fault, or can't be served; there will be no further turn.
         """
+        raise NotImplementedError
+
+    def advance_together(self, parts: Sequence[Part]) -> None:
+        """Compute one turn of this and other work of the same key, in the device's thread."""
+        raise NotImplementedError
 
     @abstractmethod
     def result(self) -> T:
-        """What came of it, once ``advance`` has returned True; called in the device's thread."""
+        """What came of it, once it is computed; in the event loop or a thread of the engine's."""
 
 
 @final
@@ -73,25 +105,58 @@ class Call(Work[T]):
         return self._result
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a turn."""
+
+    is_complete: bool
+    """Whether work that goes alone has its result."""
+    failures: list[tuple[Request, Exception]]
+
+
 class Engine:
-    """Runs work on the device, one turn at a time. Belongs to the event loop that made it."""
+    """Runs work on the device, turn by turn. Belongs to the event loop that made it."""
 
     def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits
         self._loop = asyncio.get_running_loop()
-        self._inbox: queue.SimpleQueue[Work[Any] | None] = queue.SimpleQueue()
-        self._backlog: Backlog[Work[Any]] = Backlog()
+        self._changed = threading.Condition()
+        """Around everything that both threads touch: the scheduler, the pages, whether the engine is closed."""
+        self._scheduler = Scheduler(Shares(), Pace(decode_tokens_per_s=1.0, bulk_tokens_per_s=1.0, max_turn_tokens=512))
+        self.pages: CachePages | None = None
+        """The pages of sessions' caches, once there is a model. Numbers may be read at any time; changes go through
+        sessions."""
+        self.on_freed: Callable[[], None] | None = None
+        """Called in the event loop after pages were given back."""
+        self._num_pages_held = 0
         self._num_queued = 0
         self._num_queued_tokens = 0
         self._is_closed = False
         self._stopped = asyncio.Event()
+        self._coder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="petals-codec")
         self._thread = threading.Thread(target=self._run, name="petals-device", daemon=True)
         self._thread.start()
+
+    def adopt(self, pages: CachePages, pace: Pace) -> None:
+        """Take up the pages and the measured speed of a model that is ready."""
+        with self._changed:
+            self.pages = pages
+            self._scheduler.pace = pace
 
     @property
     def num_queued(self) -> int:
         """Work that waits or is under way."""
         return self._num_queued
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Its tokens."""
+        return self._num_queued_tokens
+
+    @property
+    def pace(self) -> Pace:
+        """What turns take, as observed."""
+        return self._scheduler.pace
 
     async def compute(self, work: Work[T]) -> T:
         """Let the device do ``work``; a work item is used once.
@@ -112,110 +177,181 @@ class Engine:
                 f"{self._num_queued_tokens} tokens wait to be computed already: try again later",
                 retry_after_s=self._limits.retry_after_s,
             )
-        future: asyncio.Future[T] = self._loop.create_future()
-        work._future = future
         self._num_queued += 1
         self._num_queued_tokens += work.num_tokens
-        self._inbox.put(work)
-        return await future
+        try:
+            if work.is_heavy:
+                await self._loop.run_in_executor(self._coder, work.prepare)
+            else:
+                work.prepare()
+            work._future = self._loop.create_future()
+            with self._changed:
+                if self._is_closed:
+                    raise DrainingError("the server is stopping")
+                self._scheduler.add(work, time.monotonic())
+                self._changed.notify()
+            try:
+                await work._future
+            except asyncio.CancelledError:
+                with self._changed:
+                    self._scheduler.remove(work)
+                raise
+            if work.is_heavy:
+                return await self._loop.run_in_executor(self._coder, work.result)
+            return work.result()
+        finally:
+            self._num_queued -= 1
+            self._num_queued_tokens -= work.num_tokens
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` in the device's thread and return its result; what it raises is raised here."""
         return await self.compute(Call(function))
 
+    def close_session(self, session: object, close: Callable[[], None]) -> None:
+        """Let a session give its pages back, by ``close``, at once: what is computed for it still is for nobody."""
+        with self._changed:
+            self._scheduler.pace.forget(session)
+            close()
+            self._changed.notify()
+        self._note_pages()
+
     async def close(self) -> None:
         """Drop all work (its callers get ``DrainingError``), and end the thread after the turn under way."""
         if self._is_closed:
             return
-        self._is_closed = True
-        self._inbox.put(None)
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
         await self._stopped.wait()
         self._thread.join()  # It has nothing left to do but to return.
+        self._coder.shutdown(wait=False)
 
     # --- in the device's thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (work := self._decide()) is not None:
-            outcome = self._compute(work)
-            self._absorb(work, outcome)
-            del work, outcome  # An idle engine must not keep the last request's tensors.
+        while (plan := self._decide()) is not None:
+            started_s = time.monotonic()
+            outcome = self._compute(plan)
+            self._absorb(plan, outcome, started_s, time.monotonic())
+            del plan, outcome  # An idle engine must not keep the last request's tensors.
         with contextlib.suppress(RuntimeError):  # The loop may be closed, then nobody waits.
             self._loop.call_soon_threadsafe(self._stopped.set)
 
-    def _decide(self) -> Work[Any] | None:
-        """Wait for work and take what is most urgent; None when the engine is closed."""
-        while True:
-            is_idle = not self._backlog
-            while is_idle or self._inbox.qsize():
-                arrived = self._inbox.get()
-                if arrived is None:
-                    self._drop_all()
+    def _decide(self) -> Plan | None:
+        """Wait for something to compute; None when the engine is closed."""
+        with self._changed:
+            while True:
+                if self._is_closed:
+                    self._hand_back(
+                        [(work, DrainingError("the server is stopping")) for work in self._scheduler.requests]
+                    )
                     return None
-                self._backlog.push(arrived, arrived.urgency)
-                is_idle = False
-            work = self._backlog.pop()
-            assert work is not None
-            assert work._future is not None
-            now = time.monotonic()
-            if work._future.cancelled():
-                self._hand_back(work, DrainingError("cancelled"))
-            elif work.deadline_s is not None and now >= work.deadline_s:
-                self._hand_back(work, DeadlineExceededError("the request was not computed before its deadline"))
-            else:
-                if not work._is_started:
-                    work._is_started = True
-                    work.queue_s = now - work._arrived_s
-                return work
+                now_s = time.monotonic()
+                next_s = self._drop_late(now_s)
+                plan = self._scheduler.plan(now_s)
+                if self._scheduler.failures:
+                    failures = list(self._scheduler.failures)
+                    self._scheduler.failures.clear()
+                    self._hand_back(failures)
+                    if isinstance(plan, Wait):
+                        continue
+                if isinstance(plan, Plan):
+                    return plan
+                wake_s = min((each for each in (plan.until_s, next_s) if each is not None), default=None)
+                self._changed.wait(None if wake_s is None else max(0.0, wake_s - now_s))
 
-    def _compute(self, work: Work[Any]) -> Any:
-        """One turn: the result, ``_UNFINISHED``, or the exception that is to be raised by ``compute``."""
-        started_s = time.monotonic()
+    def _drop_late(self, now_s: float) -> float | None:
+        """Give up what is past its deadline; returns the next deadline."""
+        next_s: float | None = None
+        late: list[tuple[Request, Exception]] = []
+        for request in self._scheduler.requests:
+            if request.deadline_s is None:
+                continue
+            if now_s >= request.deadline_s:
+                self._scheduler.remove(request)
+                late.append((request, self._lateness(request)))
+            elif next_s is None or request.deadline_s < next_s:
+                next_s = request.deadline_s
+        self._hand_back(late)
+        return next_s
+
+    def _lateness(self, request: Request) -> PetalsError:
+        if request.is_blocked:
+            return OverloadedError(
+                "the server's attention cache is full: try again later", retry_after_s=self._limits.retry_after_s
+            )
+        return DeadlineExceededError("the request was not computed before its deadline")
+
+    def _compute(self, plan: Plan) -> Outcome:
+        """One turn: whether work that goes alone is complete, and what failed."""
+        first = plan.parts[0].request
+        assert isinstance(first, Work)
+        failures: list[tuple[Request, Exception]] = []
         try:
-            return work.result() if work.advance() else _UNFINISHED
-        except PetalsError as error:
-            return error
+            if first.key is None:
+                return Outcome(is_complete=first.advance(), failures=failures)
+            first.advance_together(plan.parts)
         except Exception as error:
-            if isinstance(work, Call):
-                return error
-            if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-                log.warning("no memory for a request of %d tokens", work.num_tokens)
-                return OverloadedError(
-                    "the server has no memory for the request now", retry_after_s=self._limits.retry_after_s
-                )
-            log.exception("computing a request of %d tokens failed", work.num_tokens)
-            return RemoteFailureError(f"the server failed to compute the request: {type(error).__name__}")
-        finally:
-            work.compute_s += time.monotonic() - started_s
+            if len(plan.parts) == 1:
+                failures.append((first, self._explain(error, first)))
+            else:
+                # Computing again writes the same to the same places, so those who are not to blame lose nothing.
+                log.info("a turn of %d requests failed (%s): computing them one by one", len(plan.parts), error)
+                for part in plan.parts:
+                    try:
+                        first.advance_together((part,))
+                    except Exception as own_error:
+                        failures.append((part.request, self._explain(own_error, part.request)))
+        return Outcome(is_complete=False, failures=failures)
 
-    def _absorb(self, work: Work[Any], outcome: Any) -> None:
-        """Queue unfinished work again, hand a result back."""
-        if outcome is _UNFINISHED:
-            self._backlog.push(work, work.urgency)
-        else:
-            self._hand_back(work, outcome)
+    def _explain(self, error: Exception, request: Request) -> Exception:
+        """What a client is told of an error."""
+        if isinstance(error, PetalsError) or isinstance(request, Call):
+            return error
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+            log.warning("no memory for a request of %d tokens", request.num_tokens)
+            return OverloadedError(
+                "the server has no memory for the request now", retry_after_s=self._limits.retry_after_s
+            )
+        log.error("computing a request of %d tokens failed", request.num_tokens, exc_info=error)
+        return RemoteFailureError(f"the server failed to compute the request: {type(error).__name__}")
 
-    def _hand_back(self, work: Work[Any], outcome: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody is left to be told.
-            self._loop.call_soon_threadsafe(self._settle, work, outcome)
+    def _absorb(self, plan: Plan, outcome: Outcome, started_s: float, ended_s: float) -> None:
+        """Hand back what is complete or failed; the rest stays with the scheduler."""
+        with self._changed:
+            for request, _ in outcome.failures:
+                self._scheduler.remove(request)
+            finished: list[tuple[Request, Exception | None]] = [*outcome.failures]
+            finished += [(work, None) for work in self._scheduler.absorb(plan, ended_s - started_s, ended_s)]
+            if outcome.is_complete:
+                self._scheduler.remove(plan.parts[0].request)
+                finished.append((plan.parts[0].request, None))
+        self._hand_back(finished)
 
-    def _drop_all(self) -> None:
-        while (work := self._backlog.pop()) is not None:
-            self._hand_back(work, DrainingError("the server is stopping"))
-        while self._inbox.qsize():
-            work = self._inbox.get()
-            if work is not None:
-                self._hand_back(work, DrainingError("the server is stopping"))
+    def _hand_back(self, finished: Sequence[tuple[Request, Exception | None]]) -> None:
+        if finished:
+            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody is left to be told.
+                self._loop.call_soon_threadsafe(self._settle, finished)
 
     # --- in the event loop --------------------------------------------------------------------------------------------
 
-    def _settle(self, work: Work[Any], outcome: Any) -> None:
-        self._num_queued -= 1
-        self._num_queued_tokens -= work.num_tokens
-        future = work._future
-        assert future is not None
-        if future.done():
+    def _settle(self, finished: Sequence[tuple[Request, Exception | None]]) -> None:
+        for work, error in finished:
+            assert isinstance(work, Work)
+            future = work._future
+            assert future is not None
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+        self._note_pages()
+
+    def _note_pages(self) -> None:
+        """Say so if there are more free pages than before."""
+        if self.pages is None:
             return
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+        before, self._num_pages_held = self._num_pages_held, self.pages.num_held
+        if self._num_pages_held < before and self.on_freed is not None:
+            self.on_freed()

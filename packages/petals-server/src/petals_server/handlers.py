@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from petals_core.announcement import DTYPES
 from petals_core.errors import (
@@ -35,7 +36,12 @@ from petals_core.wire.messages import (
 )
 from petals_server.config import ServerLimits
 from petals_server.engine import Engine, Work
-from petals_server.execution import EncodedStates, ForwardWork, PackedStates, SessionState, StepWork
+from petals_server.execution.forward import ForwardWork
+from petals_server.execution.lone import LoneSession, LoneStepWork
+from petals_server.execution.probe import Form
+from petals_server.execution.session import SessionState
+from petals_server.execution.states import EncodedStates, PackedStates
+from petals_server.execution.steps import StepRunner, StepWork
 from petals_server.loading import ServedModel
 from petals_server.positions import check_positions
 from petals_server.ring import RING_REQUESTS, RingSession, RingTable
@@ -86,6 +92,8 @@ class RequestHandler:
             model=model, engine=engine, limits=limits, max_turn_tokens=self._max_turn_tokens
         )
         self._spans: dict[tuple[int, int], Span] = {(model.span.start, model.span.end): model.span}
+        self._runners: dict[Span, StepRunner] = {}
+        """Of the spans in ``_spans``."""
 
     async def __call__(self, stream: Stream) -> None:
         message = await stream.receive(timeout_s=_FIRST_MESSAGE_TIMEOUT_S)
@@ -142,15 +150,18 @@ class RequestHandler:
         reservation = await self.sessions.open(
             stream.peer_id, num_rows=request.num_rows, max_length=request.max_length, deadline_s=deadline_s
         )
+        session: SessionState | None = None
         try:
-            session = SessionState(
+            kind = LoneSession if self.model.form is Form.ALONE else SessionState
+            session = kind(
                 span,
+                self.model.pages,
                 num_rows=request.num_rows,
                 max_length=request.max_length,
                 prompts=read_session_prompts(request, message, span),
                 adapters=self.training.find_session_adapters(stream.peer_id, request, span),
             )
-            reservation.on_evicted = session.free
+            reservation.on_evicted = functools.partial(self._engine.close_session, session, session.close)
 
             async def handle(place: RingSession, step: Step, message: Message, arrived_s: float) -> None:
                 try:
@@ -165,6 +176,8 @@ class RequestHandler:
                 await stream.send(SessionOpened(cache_tokens_left=self.sessions.cache_tokens_left))
                 await place.run(handle, max_idle_s=self._limits.max_idle_s)
         finally:
+            if session is not None:
+                self._engine.close_session(session, session.close)
             self.sessions.close(reservation)
 
     async def _serve_step(
@@ -185,14 +198,14 @@ class RequestHandler:
             check_positions(step.row_tokens, step.position_runs, self.model.max_positions, row_lengths=lengths)
         num_columns = step.keep + max(step.row_tokens)
         deadline_s = arrived_s + step.deadline_ms / 1000
-        work = StepWork(
+        work = self._step_work(
             session,
-            self.model.threads,
             states,
             keep=step.keep,
             row_order=row_order,
             deadline_s=deadline_s,
-            max_turn_tokens=min(self._max_turn_tokens, self.model.max_scores // max(1, num_columns)),
+            max_turn_tokens=max(1, min(self._max_turn_tokens, self.model.max_scores // max(1, num_columns))),
+            peer_id=stream.peer_id,
         )
         num_rows = session.ledger.num_rows
         await self.sessions.grow(reservation, self.sessions.count_tokens(num_rows, num_columns), deadline_s=deadline_s)
@@ -208,6 +221,22 @@ class RequestHandler:
             deadline_s=deadline_s,
         )
 
+    def _step_work(self, session: SessionState, states: PackedStates, **options: Any) -> Work[EncodedStates]:
+        if isinstance(session, LoneSession):
+            return LoneStepWork(session, self.model.threads, states, **options)
+        span = session.span
+        runner = self._runners.get(span)
+        if runner is None:
+            assert self.model.cache is not None
+            runner = self._runners[span] = StepRunner(
+                span,
+                self.model.cache,
+                first_layer=span.start - self.model.span.start,
+                form=self.model.form,
+                threads=self.model.threads,
+            )
+        return StepWork(session, runner, states, **options)
+
     # --- forward ------------------------------------------------------------------------------------------------------
 
     async def _serve_forward(self, stream: Stream, request: Forward, message: Message) -> None:
@@ -220,6 +249,7 @@ class RequestHandler:
             check_states(request, message, span.hidden_size),
             deadline_s=arrived_s + request.deadline_ms / 1000,
             max_turn_tokens=self._max_turn_tokens,
+            peer_id=stream.peer_id,
         )
         result = await self._engine.compute(work)
         await stream.send(
@@ -294,7 +324,8 @@ class RequestHandler:
         if span is None:
             span = await self._engine.call(lambda: model.span.slice(start, end))
             while len(self._spans) >= _MAX_SPANS:
-                del self._spans[list(self._spans)[1]]  # The oldest but the first, which is the whole span.
+                oldest = self._spans.pop(list(self._spans)[1])  # but the first, which is the whole span
+                self._runners.pop(oldest, None)
             self._spans[start, end] = span
         return span
 

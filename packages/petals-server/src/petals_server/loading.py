@@ -21,7 +21,10 @@ from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span, block_count, check_device, find_architecture, load_span
 from petals_server import memory, threads, throughput
 from petals_server.adapters import load_adapters
+from petals_server.cache.pages import CachePages, plan_groups
+from petals_server.cache.tensors import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS, CacheTensors
 from petals_server.config import ServerConfig
+from petals_server.execution.probe import Form, find_layout
 from petals_server.positions import find_max_positions
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,12 @@ class ServedModel:
     span: Span
     torch_dtype: str
     quantization: str
+    form: Form
+    """How sessions' tokens go through the span together."""
+    pages: CachePages
+    """Who holds what of the attention cache."""
+    cache: CacheTensors | None
+    """The cache itself; None where each session keeps its own."""
     cache_tokens: int
     """Tokens that the attention caches of all sessions may hold together."""
     state_tokens: int
@@ -147,6 +156,11 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
     free = memory.free_bytes(opened.device)
     cache_cost = memory.measure_cache_cost(span)
     cache_tokens = config.cache_tokens or memory.choose_cache_tokens(cache_cost.token_bytes, free)
+    layout = find_layout(span)
+    page_tokens = CUDA_PAGE_TOKENS if opened.device.type == "cuda" else CPU_PAGE_TOKENS
+    windows = [kind.window for kind in layout.kinds] or [None]
+    pages = CachePages(plan_groups(windows, num_tokens=cache_tokens, page_tokens=page_tokens), page_tokens=page_tokens)
+    cache = CacheTensors(layout.kinds, pages, dtype=opened.dtype, device=opened.device) if layout.kinds else None
     return ServedModel(
         name=opened.checkpoint.name,
         fingerprint=opened.fingerprint,
@@ -154,6 +168,9 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         span=span,
         torch_dtype=str(opened.dtype).removeprefix("torch."),
         quantization=span.quantization,
+        form=layout.form,
+        pages=pages,
+        cache=cache,
         cache_tokens=cache_tokens,
         state_tokens=cache_cost.state_tokens,
         threads=plan,

@@ -28,6 +28,7 @@ from petals_server.engine import Engine
 from petals_server.neighbours import Neighbours
 from petals_server.placement.offers import Ability
 from petals_server.placement.view import look
+from petals_server.scheduling.pace import Pace
 from petals_server.sessions import SessionTable
 from petals_server.speed import Speed, Speedometer
 
@@ -166,6 +167,14 @@ class Server:
             decode_tokens_per_s=model.threads.decode_tokens_per_s, forward_tokens_per_s=model.threads.bulk_tokens_per_s
         )
         self._speedometer = Speedometer(measured, now_s=time.monotonic())
+        self._engine.adopt(
+            model.pages,
+            Pace(
+                decode_tokens_per_s=model.threads.decode_tokens_per_s,
+                bulk_tokens_per_s=model.threads.bulk_tokens_per_s,
+                max_turn_tokens=config.limits.max_turn_tokens or model.max_turn_tokens,
+            ),
+        )
         from petals_server.handlers import RequestHandler, ServerFacts
         from petals_server.ring import RingTable
 
@@ -175,7 +184,11 @@ class Server:
             model=model,
             engine=self._engine,
             sessions=SessionTable(
-                cache_tokens=model.cache_tokens, limits=config.limits, state_tokens=model.state_tokens
+                cache_tokens=model.cache_tokens,
+                limits=config.limits,
+                state_tokens=model.state_tokens,
+                page_tokens=model.pages.page_tokens,
+                max_row_tokens=model.pages.max_row_tokens(config.limits.max_turn_tokens or model.max_turn_tokens),
             ),
             ring=RingTable(
                 dialer,

@@ -42,11 +42,17 @@ class SessionTable:
         limits: ServerLimits,
         state_tokens: int = 0,
         page_tokens: int = 1,
+        max_row_tokens: int | None = None,
     ) -> None:
-        """``state_tokens``: what a row takes beside its tokens, in units of these."""
+        """
+        Args:
+            state_tokens: what a row takes beside its tokens, in units of these.
+            max_row_tokens: what a row takes at most, however long it is, because blocks forget; None: no bound.
+        """
         self.cache_tokens = cache_tokens
         self._state_tokens = state_tokens
         self._page_tokens = page_tokens
+        self._max_row_tokens = max_row_tokens
         self._limits = limits
         self._admission = Admission(
             cache_tokens, max_sessions=limits.max_sessions, default_retry_s=limits.retry_after_s
@@ -80,6 +86,8 @@ class SessionTable:
 
     def count_tokens(self, num_rows: int, num_columns: int) -> int:
         """What a session of so many rows takes while it has so many columns."""
+        if self._max_row_tokens is not None:
+            num_columns = min(num_columns, self._max_row_tokens)
         pages = -(-num_columns // self._page_tokens)
         return num_rows * (pages * self._page_tokens + self._state_tokens)
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from petals_core.models.split import Span
-from petals_server.scheduling import Urgency
+from petals_server.scheduling.request import Urgency
 
 _NUM_ROUNDS: Final = 5
 _MAX_MEASURING_S: Final = 1.0

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from petals_core.identity import PeerId
 from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span
 from petals_core.tensors.codec import Compression, Encoding, TensorSpec, encode
@@ -25,11 +26,14 @@ from petals_server.columns import Chunk, PositionRuns, expand_positions, split_r
 from petals_server.deep_prompts import EncodedTensor
 from petals_server.differentiation import ChunkGraph, GraphMeter, OverBudgetError, checkpointed, compute_rows
 from petals_server.engine import Work
-from petals_server.execution import EncodedStates
+from petals_server.execution.states import EncodedStates
 from petals_server.graphs import Graph, GraphStore
-from petals_server.scheduling import Urgency
+from petals_server.scheduling.request import Urgency
 from petals_server.threads import ThreadPlan
 from petals_server.tuning_sessions import TuningValues
+
+_FEW_TOKENS: Final = 64
+"""The event loop itself encodes results of so many tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +61,22 @@ class _TrainingWork(Work[tuple[EncodedStates, ...]]):
     """What forward and backward share: a request's tensors, cut into chunks of rows."""
 
     def __init__(
-        self, span: Span, threads: ThreadPlan, request: TrainingRequest, *, deadline_s: float, max_turn_tokens: int
+        self,
+        span: Span,
+        threads: ThreadPlan,
+        request: TrainingRequest,
+        *,
+        deadline_s: float,
+        max_turn_tokens: int,
+        peer_id: PeerId | None,
     ) -> None:
-        super().__init__(urgency=Urgency.BULK, num_tokens=sum(request.row_tokens), deadline_s=deadline_s)
+        super().__init__(
+            urgency=Urgency.TRAINING,
+            num_tokens=sum(request.row_tokens),
+            deadline_s=deadline_s,
+            peer_id=peer_id,
+            max_turn_tokens=max_turn_tokens,
+        )
         self.span = span
         self.threads = threads
         self.request = request
@@ -73,6 +90,10 @@ class _TrainingWork(Work[tuple[EncodedStates, ...]]):
         tuning = request.tuning
         self._values_V = None if tuning is None else tuning.values_V.detach().requires_grad_()
         self._tuned = None if tuning is None or self._values_V is None else tuning.layout.split(self._values_V)
+
+    @property
+    def is_heavy(self) -> bool:
+        return self.num_tokens > _FEW_TOKENS
 
     def decode_inputs(self) -> None:
         """Decode the payloads; raises ``ProtocolError``."""
@@ -142,8 +163,11 @@ class TrainingForwardWork(_TrainingWork):
         store: GraphStore,
         deadline_s: float,
         max_turn_tokens: int,
+        peer_id: PeerId | None = None,
     ) -> None:
-        super().__init__(span, threads, request, deadline_s=deadline_s, max_turn_tokens=max_turn_tokens)
+        super().__init__(
+            span, threads, request, deadline_s=deadline_s, max_turn_tokens=max_turn_tokens, peer_id=peer_id
+        )
         self.graph = graph
         """What is to be kept; None: nothing, or not any more."""
         self._store = store
@@ -229,9 +253,12 @@ class BackwardWork(_TrainingWork):
         max_graph_bytes: int,
         deadline_s: float,
         max_turn_tokens: int,
+        peer_id: PeerId | None = None,
     ) -> None:
         """``max_graph_bytes``: a chunk whose graph would take more is computed block by block."""
-        super().__init__(span, threads, request, deadline_s=deadline_s, max_turn_tokens=max_turn_tokens)
+        super().__init__(
+            span, threads, request, deadline_s=deadline_s, max_turn_tokens=max_turn_tokens, peer_id=peer_id
+        )
         if graph is not None:  # its chunks are those of its forward
             assert len(graph.parts) == len(self.chunks)
             self.is_prompt_shared = graph.is_prompt_shared

@@ -18,7 +18,7 @@ from petals_server.adapters import find_adapter
 from petals_server.config import ServerLimits
 from petals_server.deep_prompts import EncodedTensor, SessionPrompts
 from petals_server.engine import Engine
-from petals_server.execution import EncodedStates
+from petals_server.execution.states import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.loading import ServedModel
 from petals_server.training import BackwardWork, KeptGraph, TrainingForwardWork, TrainingRequest
@@ -56,6 +56,7 @@ class TrainingRequests:
             store=self.graphs,
             deadline_s=arrived_s + request.deadline_ms / 1000,
             max_turn_tokens=self._max_turn_tokens,
+            peer_id=peer_id,
         )
         try:
             result = await self._engine.compute(work)
@@ -99,6 +100,7 @@ class TrainingRequests:
                 max_graph_bytes=self._limits.max_graph_bytes,
                 deadline_s=arrived_s + request.deadline_ms / 1000,
                 max_turn_tokens=self._max_turn_tokens,
+                peer_id=peer_id,
             )
             del kept
             return work, await self._engine.compute(work)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from petals_core.errors import CheckpointError, DeviceError, InvalidRequestError
+from petals_core.models import transformers_attention as attentions
 from petals_core.models import transformers_caches as caches
 from petals_core.models import transformers_internals as internals
 from petals_core.models import transformers_quantization as quantizers
@@ -286,6 +287,23 @@ class Span:
 
     __call__ = forward
 
+    def forward_packed(
+        self,
+        hidden_1TH: torch.Tensor,  # noqa: N803
+        position_ids: torch.Tensor,
+        *,
+        attention: str,
+    ) -> torch.Tensor:
+        """Run tokens of any number of sequences through the blocks as one row, without a cache of the model's own.
+
+        Args:
+            position_ids: [1, T], of each token in its sequence.
+            attention: name of a function registered by :func:`transformers_attention.register`; which tokens belong
+                together, and to what came before, is its business.
+        """
+        with attentions.used(self.model, attention):
+            return self._run(hidden_1TH, None, position_ids, None)
+
     def slice(self, start: int, end: int) -> Span:
         """Blocks ``start`` up to ``end`` of the model, which this span holds, as a span that shares its weights.
 
@@ -335,6 +353,13 @@ class Span:
         cache = self.new_cache()
         self(torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device), cache=cache)
         return caches.cache_bytes(cache)
+
+    @torch.inference_mode()
+    def measure_cache_shapes(self) -> list[tuple[int, int, int]]:
+        """For each block the heads of its keys and the widths of its keys and values, measured by computing a token."""
+        cache = self.new_cache()
+        self(torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device), cache=cache)
+        return caches.cache_shapes(cache)
 
 
 def load_span(

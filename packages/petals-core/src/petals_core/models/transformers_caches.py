@@ -8,7 +8,7 @@ Letters: R rows of a batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -106,6 +106,50 @@ def _recurrent_cache_class() -> Any:
     return RecurrentCache
 
 
+Exchange = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From a block's number and its new keys and values [R, G, T, D] to all of them [R, G, P + T, D]."""
+
+
+def new_exchange_cache(num_past: int | Callable[[int], int], exchange: Exchange) -> Cache:
+    """A cache whose content is kept elsewhere: ``exchange`` stores and fetches it.
+
+    ``num_past``: the columns of each row; or what says so when it is asked on behalf of a block.
+    """
+    return _exchange_cache_class()(num_past if callable(num_past) else lambda layer: num_past, exchange)
+
+
+@functools.cache
+def _exchange_cache_class() -> Any:
+    from transformers import Cache
+
+    class ExchangeCache(Cache):
+        """Relies on models asking a cache for lengths and mask sizes, and calling ``update`` once in each block."""
+
+        def __init__(self, num_past: Callable[[int], int], exchange: Exchange) -> None:
+            super().__init__(layers=[])
+            self._num_past = num_past
+            self._exchange = exchange
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return self._num_past(layer_idx)
+
+        def get_query_offset(self, layer_idx: int = 0) -> int:
+            return self._num_past(layer_idx)
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return self._num_past(layer_idx) + query_length, 0
+
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._exchange(layer_idx, key_states, value_states)
+
+        def __bool__(self) -> bool:
+            return True  # or models would take it for none, because it has no layers
+
+    return ExchangeCache
+
+
 def note_tokens(cache: Cache, num_tokens: int) -> None:
     """Tell a cache that the model has added tokens to it."""
     if hasattr(cache, "num_tokens"):
@@ -171,6 +215,12 @@ def put_states(cache: Cache, copies: list[torch.Tensor | None], rows: torch.Tens
             state.index_fill_(0, rows, 0)
         else:
             state.index_copy_(0, rows, copied)
+
+
+def cache_shapes(cache: Cache) -> list[tuple[int, int, int]]:
+    """For each layer of a cache that holds keys and values the number of heads and the widths of both."""
+    layers: list[Any] = list(cache.layers)
+    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
 
 
 def cache_bytes(cache: Cache) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_server.fairness import Shares, Urgency, VirtualTimes
+from petals_server.scheduling.request import Urgency
+from petals_server.scheduling.shares import Shares, VirtualTimes
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -15,24 +15,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Hashable, Sequence
-from enum import IntEnum
 from typing import Final, Generic, Protocol, TypeVar
+
+from petals_server.scheduling.request import Urgency
 
 K = TypeVar("K", bound=Hashable)
 
 _MAX_IDLE: Final = 1024
 """Peers without work whose last consumption is remembered."""
-
-
-class Urgency(IntEnum):
-    """How soon work is wanted; the smaller goes first."""
-
-    DECODE = 0
-    """Somebody waits for the next token."""
-    BULK = 1
-    """A prompt, or a forward without a session."""
-    TRAINING = 2
-    """A forward whose graph is kept, or a backward."""
 
 
 TIME_SHARES: Final = {False: 8.0, True: 1.0}

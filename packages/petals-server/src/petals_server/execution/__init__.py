@@ -1,0 +1,1 @@
+"""What the device computes: batches of sessions' tokens, and requests that it computes alone."""

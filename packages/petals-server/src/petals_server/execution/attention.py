@@ -1,0 +1,134 @@
+"""Attention over a packed row of tokens: a function that is registered with Transformers.
+
+New keys and values are written to their pages; each row then attends to its own.
+
+Letters: T tokens of the packed row, H heads, G heads of keys, D their width, S slots of a pool, N a row's new tokens, K
+tokens that it attends to.
+"""
+
+# ruff: noqa: N803, N806 -- tensors are named by their shape
+
+from __future__ import annotations
+
+from typing import Any, Final, cast
+
+import torch
+from torch.nn import functional
+
+from petals_server.execution import batch as batches
+from petals_server.execution.batch import RowView
+
+NAME: Final = "petals_packed"
+_MAX_FOLDED: Final = 16
+"""New tokens of a row up to which its heads are folded together: then each head of keys is read once."""
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As Transformers calls it: states [1, H or G, T, D]; returns [1, T, H, D].
+
+    ``softcap`` bounds scores (gemma2), ``s_aux`` is a score per head that takes its part of the attention (gpt_oss).
+    """
+    batch = batches.current()
+    assert batch is not None, "packed attention outside of a packed batch"
+    layer = batch.first_layer + cast(int, module.layer_idx)
+    cache = batch.cache
+    slots_T = batch.slots_T(cache.group_of[layer])
+    keys_SGD, values_SGD = cache.keys_SGD[layer], cache.values_SGD[layer]
+    keys_SGD.index_copy_(0, slots_T, key[0].transpose(0, 1))
+    values_SGD.index_copy_(0, slots_T, value[0].transpose(0, 1))
+    num_heads, head_size = query.shape[1], query.shape[3]
+    scale = head_size**-0.5 if scaling is None else scaling
+    views = batch.views(layer)
+    outputs = [
+        _attend_row(
+            query[0, :, view.start : view.start + view.count], keys_SGD, values_SGD, view, scale, softcap, s_aux
+        )
+        for view in views
+    ]
+    output_TE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output_TE.view(1, batch.num_tokens, num_heads, -1), None
+
+
+def _attend_row(
+    query_HND: torch.Tensor,
+    keys_SGD: torch.Tensor,
+    values_SGD: torch.Tensor,
+    view: RowView,
+    scale: float,
+    softcap: float | None,
+    sinks_H: torch.Tensor | None,
+) -> torch.Tensor:
+    """A row's attention [N, H * D]."""
+    if isinstance(view.slots, slice):
+        keys_KGD, values_KGD = keys_SGD[view.slots], values_SGD[view.slots]
+    else:
+        keys_KGD, values_KGD = keys_SGD.index_select(0, view.slots), values_SGD.index_select(0, view.slots)
+    keys_GKD, values_GKD = keys_KGD.transpose(0, 1), values_KGD.transpose(0, 1)
+    num_heads, count, _ = query_HND.shape
+    num_groups = keys_GKD.shape[0]
+    if softcap is not None or sinks_H is not None:
+        output_HND = _attend_by_scores(query_HND, keys_GKD, values_GKD, view, scale, softcap, sinks_H)
+    elif count == 1:
+        folded = query_HND.reshape(1, num_groups, num_heads // num_groups, -1)
+        output = functional.scaled_dot_product_attention(folded, keys_GKD[None], values_GKD[None], scale=scale)
+        return output.reshape(1, -1)
+    elif view.mask is not None and count <= _MAX_FOLDED:
+        per_group = num_heads // num_groups
+        folded = query_HND.reshape(1, num_groups, per_group * count, -1)
+        mask = view.mask if per_group == 1 else view.mask.repeat(per_group, 1)
+        output_HND = functional.scaled_dot_product_attention(
+            folded, keys_GKD[None], values_GKD[None], attn_mask=mask, scale=scale
+        ).view(num_heads, count, -1)
+    else:
+        output_HND = functional.scaled_dot_product_attention(
+            query_HND[None],
+            keys_GKD[None],
+            values_GKD[None],
+            attn_mask=view.mask,
+            is_causal=view.is_causal,
+            scale=scale,
+            enable_gqa=num_groups != num_heads,
+        )[0]
+    return output_HND.transpose(0, 1).reshape(count, -1)
+
+
+def _attend_by_scores(
+    query_HND: torch.Tensor,
+    keys_GKD: torch.Tensor,
+    values_GKD: torch.Tensor,
+    view: RowView,
+    scale: float,
+    softcap: float | None,
+    sinks_H: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with what fused kernels do not have, in the order in which Transformers' own functions do it."""
+    num_heads, count, size = query_HND.shape
+    num_groups = keys_GKD.shape[0]
+    folded = query_HND.reshape(num_groups, -1, size)
+    scores_HNK = (folded @ keys_GKD.transpose(1, 2)).view(num_heads, count, -1) * scale
+    if softcap is not None:
+        scores_HNK = torch.tanh(scores_HNK / softcap) * softcap
+    if view.mask is not None:
+        scores_HNK = scores_HNK + view.mask
+    elif view.is_causal:
+        later = torch.ones(count, count, dtype=torch.bool, device=scores_HNK.device).triu_(1)
+        scores_HNK = scores_HNK.masked_fill(later, float("-inf"))
+    if sinks_H is not None:
+        sinks_HN1 = sinks_H.to(scores_HNK.dtype).view(-1, 1, 1).expand(num_heads, count, 1)
+        scores_HNK = torch.cat([scores_HNK, sinks_HN1], dim=2)
+        shares_HNK = torch.softmax(scores_HNK - scores_HNK.amax(dim=2, keepdim=True), dim=2)[:, :, :-1]
+    else:
+        shares_HNK = torch.softmax(scores_HNK, dim=2, dtype=torch.float32)
+    shares = shares_HNK.to(values_GKD.dtype).reshape(num_groups, -1, shares_HNK.shape[2])
+    return (shares @ values_GKD).view(num_heads, count, -1)

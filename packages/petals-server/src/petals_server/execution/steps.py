@@ -1,0 +1,201 @@
+"""Steps of sessions that share turns.
+
+Letters: T tokens of all rows of a step, or of all steps of a turn together; H hidden size.
+"""
+
+# ruff: noqa: N803, N806 -- tensors are named by their shape
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from petals_core.identity import PeerId
+from petals_core.models import transformers_attention
+from petals_core.models.split import Span
+from petals_server.cache.pages import PageCopy
+from petals_server.cache.tensors import CacheTensors
+from petals_server.engine import Work
+from petals_server.execution import attention
+from petals_server.execution.batch import Batch, active
+from petals_server.execution.changes import RowChange, changed
+from petals_server.execution.padded import compute_padded
+from petals_server.execution.probe import Form
+from petals_server.execution.session import SessionState
+from petals_server.execution.states import EncodedStates, PackedStates
+from petals_server.scheduling.plan import Part, RowPart, Take
+from petals_server.scheduling.request import MAX_DECODE_COLUMNS, Urgency
+from petals_server.threads import ThreadPlan
+
+_FEW_TOKENS = 4
+"""Turns of no more are computed with the number of threads that is best for one token."""
+
+transformers_attention.register(attention.NAME, attention.attend)
+
+
+class StepRunner:
+    """Computes turns of steps of one span. Used in the device's thread."""
+
+    def __init__(self, span: Span, cache: CacheTensors, *, first_layer: int, form: Form, threads: ThreadPlan) -> None:
+        """``first_layer``: where in the cache the span's blocks begin."""
+        self.span = span
+        self.cache = cache
+        self.first_layer = first_layer
+        self.form = form
+        self.threads = threads
+
+    @torch.inference_mode()
+    def run(self, parts: Sequence[Part]) -> None:
+        """Compute the parts, and give each its output."""
+        works = [part.request for part in parts]
+        inputs, positions, rows, changes = [], [], [], []
+        copies: list[PageCopy] = []
+        for part, work in zip(parts, works, strict=True):
+            assert isinstance(work, StepWork)
+            copies += part.copies
+            if not part.rows:
+                continue
+            inputs.append(work.received_TH[part.rows[0].start : part.rows[0].start + part.num_tokens])
+            for row in part.rows:
+                rows.append(row)
+                positions.append(work.row_positions(row))
+                changes.append(RowChange(prompts=work.session.prompts, adapters=work.session.adapters))
+        if copies:
+            self.cache.copy_pages(copies)
+        if not rows:
+            return
+        num_tokens = sum(row.count for row in rows)
+        self.threads.apply(Urgency.DECODE if num_tokens <= _FEW_TOKENS else Urgency.BULK)
+        hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat([each.to(self.span.dtype) for each in inputs])
+        hidden_TH = hidden_TH.to(device=self.span.device, dtype=self.span.dtype)
+        positions_T = positions[0] if len(positions) == 1 else np.concatenate(positions)
+        output_TH = self._compute(hidden_TH, positions_T, rows, changes).cpu()
+        start = 0
+        for part, work in zip(parts, works, strict=True):
+            if part.rows:
+                assert isinstance(work, StepWork)
+                work.put(part.rows[0].start, output_TH[start : start + part.num_tokens])
+                start += part.num_tokens
+
+    def _compute(
+        self,
+        hidden_TH: torch.Tensor,
+        positions_T: NDArray[np.int64],
+        rows: Sequence[RowPart],
+        changes: Sequence[RowChange],
+    ) -> torch.Tensor:
+        batch = Batch(rows, self.cache, first_layer=self.first_layer)
+        if self.form is Form.PADDED:
+            return compute_padded(self.span, batch, hidden_TH, positions_T, changes)
+        positions_1T = torch.from_numpy(positions_T).to(hidden_TH.device)[None]
+        with active(batch), changed(self.span, rows, changes):
+            return self.span.forward_packed(hidden_TH[None], positions_1T, attention=attention.NAME)[0]
+
+
+@final
+class StepWork(Work[EncodedStates]):
+    """A session's next step, which shares its turns with those of others."""
+
+    def __init__(
+        self,
+        session: SessionState,
+        runner: StepRunner,
+        states: PackedStates,
+        *,
+        keep: int,
+        row_order: tuple[int, ...] | None,
+        deadline_s: float,
+        max_turn_tokens: int,
+        peer_id: PeerId | None = None,
+    ) -> None:
+        super().__init__(
+            urgency=Urgency.DECODE if max(states.row_tokens) <= MAX_DECODE_COLUMNS else Urgency.BULK,
+            num_tokens=sum(states.row_tokens),
+            deadline_s=deadline_s,
+            peer_id=peer_id,
+            session=session,
+            key=runner,
+            max_turn_tokens=max_turn_tokens,
+        )
+        self.session: SessionState = session
+        self.received_TH: torch.Tensor
+        self._runner = runner
+        self._states = states
+        self._keep = keep
+        self._row_order = row_order
+        self._positions_T: NDArray[np.int64] | None = None
+        self._output_TH: torch.Tensor | None = None
+        self._has_begun = False
+        self._lengths: list[int] = []
+        """Tokens of each row before this step."""
+
+    @property
+    def is_heavy(self) -> bool:
+        return self._states.is_heavy
+
+    def prepare(self) -> None:
+        self.received_TH = self._states.decode()
+        self._positions_T = self._states.positions()
+
+    def take(self, count: int) -> Take | None:
+        copies: list[PageCopy] = []
+        session = self.session
+        if not self._has_begun:
+            begun = session.begin(self._keep, self._row_order, self._states.row_tokens)
+            if begun is None:
+                return None
+            session.is_broken = True  # until the step is complete
+            self._lengths, copies = begun
+            self._has_begun = True
+        rows = []
+        for row, start, offset, taken in self._slices(count):
+            past = self._lengths[row] + offset
+            windowed = session.pages.grow_window(row, past, taken)
+            if windowed is None:
+                return None
+            copies += windowed
+            rows.append(RowPart(row=row, start=start, count=taken, past=past, runs=session.pages.runs(row)))
+        return Take(rows=tuple(rows), copies=tuple(copies))
+
+    def _slices(self, count: int) -> list[tuple[int, int, int, int]]:
+        """The next ``count`` tokens by rows: (row, first packed token, first token of the step's row, tokens)."""
+        slices = []
+        row_start = 0
+        first, end = self.num_done, self.num_done + count
+        for row, row_tokens in enumerate(self._states.row_tokens):
+            low, high = max(first, row_start), min(end, row_start + row_tokens)
+            if low < high:
+                slices.append((row, low, low - row_start, high - low))
+            row_start += row_tokens
+        return slices
+
+    def passed(self, rows: tuple[RowPart, ...]) -> None:
+        for row in rows:
+            self.session.pages.slide(row.row, row.past + row.count)
+        if not self.num_tokens_left:
+            self.session.is_broken = False
+
+    def row_positions(self, row: RowPart) -> NDArray[np.int64]:
+        """Position ids of some tokens."""
+        if self._positions_T is not None:
+            return self._positions_T[row.start : row.start + row.count]
+        return np.arange(row.past, row.past + row.count)
+
+    def put(self, start: int, output_TH: torch.Tensor) -> None:
+        """Keep the span's output for the tokens from ``start`` on."""
+        if output_TH.shape[0] == self.num_tokens:
+            self._output_TH = output_TH
+            return
+        if self._output_TH is None:
+            self._output_TH = output_TH.new_empty(self.num_tokens, output_TH.shape[1])
+        self._output_TH[start : start + output_TH.shape[0]] = output_TH
+
+    def advance_together(self, parts: Sequence[Part]) -> None:
+        self._runner.run(parts)
+
+    def result(self) -> EncodedStates:
+        return self._states.encode(self.received_TH if self._output_TH is None else self._output_TH)
