@@ -159,9 +159,9 @@ def test_what_a_vanished_client_held_is_free_at_once(checkpoint: Path) -> None:
         async with served(checkpoint) as client:
             server = client.server
             async with connected(server) as other:
-                sessions = [await other.open(num_rows=2, max_length=100) for _ in range(3)]
+                sessions = [await other.open(num_rows=2, max_length=96) for _ in range(3)]
                 await sessions[0].step([STATES, STATES])
-                assert (server.num_sessions, server.cache_tokens_left) == (3, 1000 - 3 * 50)
+                assert (server.num_sessions, server.cache_tokens_left) == (3, 1000 - 3 * 48)
             await until(lambda: server.num_sessions == 0)
             assert server.cache_tokens_left == 1000
             kept = await client.open()
@@ -324,10 +324,10 @@ def test_a_step_that_fails_half_way_ends_its_session_alone(checkpoint: Path) -> 
 def test_info(checkpoint: Path) -> None:
     async def run() -> None:
         async with served(checkpoint, blocks=(1, 3), public_name="lab 7") as client:
-            await client.open(max_length=100)
+            await client.open(max_length=96)
             info = await client.info()
             assert (info.start, info.end, info.num_blocks, info.state) == (1, 3, 4, "online")
-            assert (info.cache_tokens_left, info.num_sessions, info.public_name) == (975, 1, "lab 7")
+            assert (info.cache_tokens_left, info.num_sessions, info.public_name) == (976, 1, "lab 7")
 
     run_clean(run())
 

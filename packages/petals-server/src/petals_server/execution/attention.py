@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from petals_server.execution import batch as batches
 from petals_server.execution.batch import RowView
+from petals_server.execution.varlen import suits
 
 NAME: Final = "petals_packed"
 _MAX_FOLDED: Final = 16
@@ -49,6 +50,17 @@ def attend(
     values_SGD.index_copy_(0, slots_T, value[0].transpose(0, 1))
     num_heads, head_size = query.shape[1], query.shape[3]
     scale = head_size**-0.5 if scaling is None else scaling
+    kind = cache.kinds[layer]
+    if batch.kernel is not None and softcap is None and s_aux is None and suits(kind):
+        output_THD = batch.kernel(
+            query[0].transpose(0, 1),
+            cache.paged(keys_SGD),
+            cache.paged(values_SGD),
+            batch.paged(cache.group_of[layer]),
+            scale=scale,
+            window=kind.window,
+        )
+        return output_THD[None], None
     views = batch.views(layer)
     outputs = [
         _attend_row(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from petals_server.cache.pages import PageRun
 from petals_server.cache.tensors import CacheTensors, LayerKind
+from petals_server.execution.varlen import Kernel, PagedRows, lay_out
 from petals_server.scheduling.plan import RowPart
 
 
@@ -47,13 +48,20 @@ class Batch:
         cache: CacheTensors,
         *,
         first_layer: int,
+        kernel: Kernel | None = None,
     ) -> None:
-        """``first_layer``: where in the cache the blocks of the span begin that is to be computed."""
+        """
+        Args:
+            first_layer: where in the cache the blocks of the span begin that is to be computed.
+            kernel: attends for all rows at once where it can; None: row by row.
+        """
         self.rows = rows
         self.cache = cache
         self.first_layer = first_layer
+        self.kernel = kernel
         self.num_tokens = sum(row.count for row in rows)
         self._slots_T: dict[int, torch.Tensor] = {}
+        self._paged: dict[int, PagedRows] = {}
         self._views: dict[tuple[int | None, bool], list[RowView]] = {}
 
     @property
@@ -69,6 +77,13 @@ class Batch:
             array = parts[0] if len(parts) == 1 else np.concatenate(parts)
             slots = self._slots_T[group] = torch.from_numpy(array).to(self.device, non_blocking=True)
         return slots
+
+    def paged(self, group: int) -> PagedRows:
+        """The rows as the kernel wants them, for blocks of a group."""
+        paged = self._paged.get(group)
+        if paged is None:
+            paged = self._paged[group] = lay_out(self.rows, group, self.cache.page_tokens, self.device)
+        return paged
 
     def views(self, layer: int) -> list[RowView]:
         """What each row attends to in a block."""
