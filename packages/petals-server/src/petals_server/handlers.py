@@ -205,7 +205,7 @@ class RequestHandler:
             row_order=row_order,
             deadline_s=deadline_s,
             max_turn_tokens=max(1, min(self._max_turn_tokens, self.model.max_scores // max(1, num_columns))),
-            peer_id=stream.peer_id,
+            peer_id=reservation.peer_id,
         )
         num_rows = session.ledger.num_rows
         await self.sessions.grow(reservation, self.sessions.count_tokens(num_rows, num_columns), deadline_s=deadline_s)
