@@ -51,7 +51,7 @@ def spec(shape: list[int], dtype: str = "float32", num_bytes: int | None = None)
         ({"start": 0, "end": 2}, WrongModelError, "holds blocks 1:4"),
         ({"start": 3, "end": 3}, WrongModelError, "do not include 3:3"),
         ({"start": 3, "end": 5}, WrongModelError, "do not include 3:5"),
-        ({"max_length": 1001}, OverloadedError, "may need 1001 tokens of attention cache and this server has 1000"),
+        ({"max_length": 1001}, OverloadedError, "may need 1008 tokens of attention cache and this server has 1000"),
         ({"num_rows": 3, "max_length": 400}, OverloadedError, "may need 1200 tokens"),
     ],
 )
