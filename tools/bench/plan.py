@@ -51,6 +51,13 @@ class Kind(StrEnum):
     CPU_OFFLOAD = "cpu-offload"
     DISK_OFFLOAD = "disk-offload"
     SWARM = "swarm"
+    EARLIER = "earlier"
+    """Servers of Petals 2.2.0."""
+
+    @property
+    def has_network(self) -> bool:
+        """Whether the network makes a difference to it."""
+        return self in (Kind.SWARM, Kind.EARLIER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +116,8 @@ MODES = (
     Mode(name="local", title="Transformers, local", kind=Kind.LOCAL),
     Mode(name="petals-1", title="Petals, 1 server", kind=Kind.SWARM, num_servers=1),
     Mode(name="petals-3", title="Petals, 3 servers", kind=Kind.SWARM, num_servers=3),
+    Mode(name="earlier-1", title="Petals 2.2.0, 1 server", kind=Kind.EARLIER, num_servers=1),
+    Mode(name="earlier-3", title="Petals 2.2.0, 3 servers", kind=Kind.EARLIER, num_servers=3),
     Mode(name="cpu-offload", title="accelerate, CPU offload", kind=Kind.CPU_OFFLOAD),
     Mode(name="disk-offload", title="accelerate, disk offload", kind=Kind.DISK_OFFLOAD),
 )
@@ -133,7 +142,7 @@ class Plan:
         """The modes that a network makes a difference to; all, where there is none."""
         if network.host is None:
             return list(self.modes)
-        return [mode for mode in self.modes if mode.kind is Kind.SWARM]
+        return [mode for mode in self.modes if mode.kind.has_network]
 
     def cells(self) -> list[tuple[Network, Scenario]]:
         """What is measured, in order: a network at a time."""

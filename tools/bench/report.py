@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.figures import Figure, short
-from bench.plan import Network, Plan, Unit
+from bench.figures import Figure, Spread, short, speed_ratios
+from bench.plan import LOOPBACK, Network, Plan, Unit
 
 BAR_CELLS = 30
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -17,6 +17,8 @@ _COLORS = {
     "local": "#4c566a",
     "petals-1": "#2e86ab",
     "petals-3": "#1b998b",
+    "earlier-1": "#8f5fae",
+    "earlier-3": "#6a3d8f",
     "cpu-offload": "#c8963e",
     "disk-offload": "#b5544a",
 }
@@ -43,6 +45,48 @@ def rows(plan: Plan, figures: Sequence[Figure], network: Network) -> list[tuple[
     return table
 
 
+_AGAINST = ("network", "scenario", "servers", "times as fast as Petals 2.2.0")
+
+
+def against_earlier(plan: Plan, figures: Sequence[Figure]) -> list[tuple[str, str, str, str]]:
+    """How this project compares with the earlier one with as many servers, in the same rounds."""
+    found = {(each.network, each.scenario, each.mode): each for each in figures}
+    table: list[tuple[str, str, str, str]] = []
+    for network in plan.networks:
+        for scenario in plan.scenarios:
+            for number in (1, 3):
+                ours, theirs = (
+                    found.get((network.name, scenario.name, f"{who}-{number}")) for who in ("petals", "earlier")
+                )
+                if ours is None or theirs is None or not ours.values or not theirs.values:
+                    continue
+                if len(ours.values) == len(theirs.values):
+                    ratios = speed_ratios(ours.unit, ours.values, theirs.values)
+                else:
+                    medians = [[Spread.of(each.values).median] for each in (ours, theirs)]
+                    ratios = speed_ratios(ours.unit, *medians)
+                table.append((network.title, scenario.title, str(number), str(Spread.of(ratios))))
+    for number in (1, 3):
+        hops = [_hop_s(found, f"{who}-{number}", number) for who in ("petals", "earlier")]
+        if hops[0] is not None and hops[1] is not None:
+            ours_ms, theirs_ms = (f"{1000 * hop:.1f}" for hop in hops if hop is not None)
+            share = f", {hops[1] / hops[0]:.0f} times less" if hops[0] > 0 else ""
+            table.append(
+                (LOOPBACK, "added by a hop to a step", str(number), f"{ours_ms} ms instead of {theirs_ms}{share}")
+            )
+    return table
+
+
+def _hop_s(found: dict[tuple[str, str, str], Figure], mode: str, num_servers: int) -> float | None:
+    """What each server adds to a local step, by the medians of decoding on loopback."""
+    spreads = [
+        figure.spread
+        for each in (mode, "local")
+        if (figure := found.get((LOOPBACK, "decode", each))) is not None and figure.spread is not None
+    ]
+    return (1 / spreads[0].median - 1 / spreads[1].median) / num_servers if len(spreads) == 2 else None
+
+
 _HEADINGS = ("scenario", "mode", "median (quartiles)", "times as fast", "remark")
 
 
@@ -59,6 +103,11 @@ def print_tables(console: Console, plan: Plan, figures: Sequence[Figure]) -> Non
                 table.add_section()
             table.add_row(row[0] if row[0] != last else "", *row[1:])
             last = row[0]
+        console.print(table)
+    if compared := against_earlier(plan, figures):
+        table = Table(*_AGAINST, title="Against Petals 2.2.0")
+        for line in compared:
+            table.add_row(*line)
         console.print(table)
     console.print(text_picture(plan, figures), markup=False, highlight=False)
 
@@ -77,6 +126,9 @@ def markdown(plan: Plan, figures: Sequence[Figure], *, heading: str, facts: Sequ
         lines = [_markdown_row(_HEADINGS[:width]), _markdown_row(["---"] * width)]
         lines += [_markdown_row(row[:width]) for row in found]
         parts.append(f"### {network.title}\n\n" + "\n".join(lines))
+    if compared := against_earlier(plan, figures):
+        lines = [_markdown_row(_AGAINST), _markdown_row(["---"] * 4), *map(_markdown_row, compared)]
+        parts.append("### Against Petals 2.2.0\n\n" + "\n".join(lines))
     parts.append("Medians with quartiles. *Times as fast*: ratios of the same round, in which the modes take turns.")
     return "\n\n".join(parts) + "\n"
 

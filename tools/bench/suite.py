@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import local_swarm
+from bench import earlier
 from bench.conversation import Worker, WorkerError
 from bench.figures import Figure, speed_ratios
 from bench.memory_limit import MemoryLimit, memory_limit
@@ -48,9 +50,13 @@ class Suite:
         self._weight_bytes = weight_bytes
         self._timeout_s = timeout_s
         self._say = say
+        self._earlier: Path | None = None
+        """The Python of Petals 2.2.0."""
+        self._hub = scratch / "hub" / "hub"
 
     def run(self) -> Iterator[Figure]:
         """Measure everything; figures come as soon as their cell is done."""
+        self._leave_out_what_is_missing()
         end_s = time.monotonic() + 60 * self._plan.minutes
         cells_left = len(self._plan.cells())
         for is_lab in (False, True):
@@ -60,9 +66,7 @@ class Suite:
             with contextlib.ExitStack() as stack:
                 modes = self._plan.modes_of(networks[0])
                 swarms = {
-                    mode.name: stack.enter_context(self._swarm(mode, is_lab))
-                    for mode in modes
-                    if mode.kind is Kind.SWARM
+                    mode.name: stack.enter_context(self._swarm(mode, is_lab)) for mode in modes if mode.kind.has_network
                 }
                 for network in networks:
                     if network.host is not None:
@@ -122,6 +126,10 @@ class Suite:
     def _swarm(self, mode: Mode, is_lab: bool) -> Iterator[str]:
         """Servers for a mode; gives the address to join by."""
         self._say(f"starting {mode.title}{' in the network lab' if is_lab else ''}")
+        if mode.kind is Kind.EARLIER:
+            with self._earlier_swarm(mode, is_lab) as address:
+                yield address
+            return
         with local_swarm.LocalSwarm() as swarm:
             swarm.start_bootstrap(place=place("directory", is_lab))
             servers = [
@@ -132,13 +140,54 @@ class Suite:
                 server.wait_for(local_swarm.READY, START_TIMEOUT_S)
             yield swarm.address
 
+    @contextlib.contextmanager
+    def _earlier_swarm(self, mode: Mode, is_lab: bool) -> Iterator[str]:
+        """Servers of Petals 2.2.0, the first of which others join by."""
+        assert self._earlier is not None
+        address: str | None = None
+        with contextlib.ExitStack() as stack:
+            for number, blocks in enumerate(local_swarm.spans(self._num_blocks, mode.num_servers), 1):
+                where = place(f"server{number}", is_lab)
+                identity = self._scratch / f"{mode.name}-{number}{'-lab' if is_lab else ''}.key"
+                command = earlier.server_command(
+                    self._earlier, self._hub, blocks, address, host=where.host, identity=identity
+                )
+                environment = {**os.environ, **earlier.variables(self._hub)}
+                server = local_swarm.Process(f"{mode.title} {number}", [*where.prefix, *command], environment)
+                stack.callback(server.stop)
+                found = server.wait_for(earlier.address_pattern(where.host), START_TIMEOUT_S)[1][0]
+                server.wait_for(earlier.READY, START_TIMEOUT_S)
+                address = address or found
+            assert address is not None
+            yield address
+
+    def _leave_out_what_is_missing(self) -> None:
+        """Get Petals 2.2.0 ready, if it is to be measured, or go on without it."""
+        if not any(mode.kind is Kind.EARLIER for mode in self._plan.modes):
+            return
+        try:
+            self._earlier = earlier.prepare(self._say)
+        except earlier.UnavailableError as error:
+            self._say(f"Petals 2.2.0 is skipped: {error}")
+            self._note(f"Petals 2.2.0 is skipped: {error}")
+            modes = [mode for mode in self._plan.modes if mode.kind is not Kind.EARLIER]
+            self._plan = dataclasses.replace(self._plan, modes=modes)
+            return
+        earlier.make_hub(self._model, self._hub)
+
     def start_worker(self, mode: Mode, network: Network, address: str, stack: contextlib.ExitStack) -> Worker:
         """Start the process that runs a mode; it is stopped with ``stack``.
 
         Raises:
             WorkerError: the model couldn't be loaded or run.
         """
-        prefix = place("client", network.host is not None).prefix if mode.kind is Kind.SWARM else ()
+        prefix = place("client", network.host is not None).prefix if mode.kind.has_network else ()
+        if mode.kind is Kind.EARLIER:
+            program = [str(self._earlier), "-m", "bench.earlier_worker", earlier.MODEL_NAME, address, str(self._hub)]
+            worker = Worker(mode.name, [*prefix, *program], {**earlier.variables(self._hub), "PYTHONPATH": str(TOOLS)})
+            stack.callback(worker.stop)
+            worker.receive(START_TIMEOUT_S)
+            return worker
         program = [sys.executable, "-m", "bench.worker"]
         scratch = self._scratch / mode.name
         scratch.mkdir(exist_ok=True)
