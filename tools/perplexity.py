@@ -88,7 +88,7 @@ def through_swarm(folder: Path, documents: Sequence[Tokens], num_blocks: int, qu
             server.wait_for(READY, TIMEOUT_S)
         results = []
         for codec in (None, "int8"):
-            options = ClientOptions.make(initial_peers=[swarm.address], activation_codec=codec)
+            options = ClientOptions.make(initial_peers=[swarm.address], activation_codec=codec, compression="none")
             model = AutoDistributedModelForCausalLM.from_pretrained(
                 folder, initial_peers=[swarm.address], torch_dtype=torch.float32, options=options
             )

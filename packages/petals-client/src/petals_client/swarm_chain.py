@@ -29,6 +29,7 @@ from petals_core.models.split import block_count
 from petals_core.models.transformers_quantization import stored_quantization
 from petals_core.routing.graph import Chain
 from petals_core.tensors.codec import Encoding, decode, encode
+from petals_core.wire.compression import quantized_arrives_first
 
 T = TypeVar("T")
 
@@ -259,12 +260,12 @@ class SwarmChainSession:
         max_tokens = choose_part_tokens(
             hidden.shape[0], len(self._session.chain), max_tokens=self._options.max_tokens_per_request
         )
+        rate = self._session.rate_bytes_per_s
         if hidden.shape[0] <= max_tokens:
-            return decode_states(
-                self._thread.run(self._session.step([(request, encode_states(hidden, self._options))]))[0]
-            )
+            states = encode_states(hidden, self._options, rate)
+            return decode_states(self._thread.run(self._session.step([(request, states)]))[0])
         parts = split_columns(request, max_tokens)
-        inputs = [(step, encode_states(_take(hidden, part), self._options)) for step, part in parts]
+        inputs = [(step, encode_states(_take(hidden, part), self._options, rate)) for step, part in parts]
         return _join(hidden, [part for _, part in parts], self._thread.run(self._session.step(inputs)))
 
     def trace(self) -> tuple[StepTrace, ...]:
@@ -276,9 +277,16 @@ class SwarmChainSession:
         self._thread.start_soon(self._session.close)
 
 
-def encode_states(hidden: Tensor, options: ClientOptions) -> States:
-    """Describe hidden states [N, H], as they are without a copy if they are contiguous. Servers answer in kind."""
+def encode_states(hidden: Tensor, options: ClientOptions, bytes_per_s: float | None = None) -> States:
+    """Describe hidden states [N, H], as they are without a copy if they are contiguous. Servers answer in kind.
+
+    ``int8`` is not used on a link that is known to be so fast that they arrive earlier as they are, except with a fixed
+    ``compression``.
+    """
     encoding = options.activation_codec
+    if encoding == Encoding.INT8 and options.compression == "auto":
+        is_worth_it = quantized_arrives_first(hidden.numel(), hidden.element_size(), bytes_per_s)
+        encoding = encoding if is_worth_it else None
     spec, payload = encode(hidden, encoding=None if encoding is None else Encoding(encoding))
     return States(spec=spec, payload=payload)
 

@@ -68,6 +68,11 @@ class SwarmSession:
         """The servers that serve it."""
         return tuple(session.hop for session in self.hops)
 
+    @property
+    def rate_bytes_per_s(self) -> float | None:
+        """How fast the link to the first server takes bytes; None while nothing has had to wait."""
+        return self.hops[0].connection.rate_bytes_per_s if self.hops else None
+
     async def open(self) -> None:
         """Plan a chain, open the session on each of its servers, and let these find each other.
 

@@ -178,7 +178,7 @@ class Server:
         from petals_server.handlers import RequestHandler, ServerFacts
         from petals_server.ring import RingTable
 
-        dialer = Dialer(identity=self._identity, swarm_key=config.swarm_key)
+        dialer = Dialer(identity=self._identity, swarm_key=config.swarm_key, compression=config.compression)
         self._resources.push_async_callback(dialer.close)
         self._requests = RequestHandler(
             model=model,
