@@ -242,7 +242,8 @@ def run(options: argparse.Namespace, *, is_lab: bool) -> list[Outcome]:
     rounds = options.lab_rounds if is_lab else options.rounds
     num_tokens = options.lab_tokens if is_lab else options.tokens
     with swarm_model(is_lab=is_lab) as model:
-        return [measure(model, network, case, num_tokens, rounds) for case in cases()]
+        chosen = [case for case in cases() if not is_lab or case.lab_target is not None]
+        return [measure(model, network, case, num_tokens, rounds) for case in chosen]
 
 
 def run_in_lab(arguments: Sequence[str]) -> list[Outcome]:
@@ -283,10 +284,10 @@ def report(console: Console, outcomes: Sequence[Outcome]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="pairs on loopback (default: %(default)s)")
-    parser.add_argument("--lab-rounds", type=int, default=4, help="pairs in the lab (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="pairs on loopback (default: %(default)s)")
+    parser.add_argument("--lab-rounds", type=int, default=5, help="pairs in the lab (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of each on loopback (default: %(default)s)")
-    parser.add_argument("--lab-tokens", type=int, default=48, help="tokens of each in the lab (default: %(default)s)")
+    parser.add_argument("--lab-tokens", type=int, default=64, help="tokens of each in the lab (default: %(default)s)")
     parser.add_argument("--no-lab", action="store_true", help="loopback alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--in-lab", type=Path, metavar="FILE", help=argparse.SUPPRESS)

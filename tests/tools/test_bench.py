@@ -12,7 +12,7 @@ import pytest
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-from bench import report  # noqa: E402
+from bench import earlier, report  # noqa: E402
 from bench.conversation import Worker, WorkerError  # noqa: E402
 from bench.figures import Figure, Spread, short, speed_ratios  # noqa: E402
 from bench.plan import MODES, NETWORKS, SCENARIOS, Kind, Plan, Unit  # noqa: E402
@@ -53,7 +53,7 @@ def test_only_swarms_run_where_a_network_makes_a_difference() -> None:
     loopback, *others = NETWORKS
     assert PLAN.modes_of(loopback) == list(MODES)
     for network in others:
-        assert {mode.kind for mode in PLAN.modes_of(network)} == {Kind.SWARM}
+        assert {mode.kind for mode in PLAN.modes_of(network)} == {Kind.SWARM, Kind.EARLIER}
         assert PLAN.reference_of(network).name == "petals-1"
     assert len(PLAN.cells()) == len(NETWORKS) * len(SCENARIOS)
 
@@ -103,6 +103,41 @@ def test_pictures_show_what_was_measured(tmp_path: Path) -> None:
 
 def test_nothing_measured_is_no_picture() -> None:
     assert report.text_picture(PLAN, [figure(error="it failed")]) == ""
+
+
+def test_both_projects_are_compared_with_as_many_servers() -> None:
+    figures = [
+        figure("loopback", "local", 10.0),
+        figure("loopback", "petals-3", 8.0, 8.0),
+        figure("loopback", "earlier-3", 4.0, 2.0),
+        figure("300ms", "petals-3", 3.0, 3.0, 3.0),
+        figure("300ms", "earlier-3", 1.0, 2.0),
+    ]
+    assert report.against_earlier(PLAN, figures) == [
+        ("loopback", "decode, one stream", "3", "3.00 (2.50 to 3.50)"),
+        ("300 ms", "decode, one stream", "3", "2.00 (2.00 to 2.00)"),
+        ("loopback", "added by a hop to a step", "3", "8.3 ms instead of 77.8, 9 times less"),
+    ]
+    assert "### Against Petals 2.2.0" in report.markdown(PLAN, figures, heading="a", facts=[], picture=None)
+    assert report.against_earlier(PLAN, FIGURES) == []
+
+
+def test_a_hub_entry_is_what_the_earlier_one_reads(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8, "rope_parameters": {}}))
+    hub = earlier.make_hub(model, tmp_path / "hub" / "hub")
+    entry = hub / "models--bench--llama"
+    snapshot = entry / "snapshots" / (entry / "refs" / "main").read_text()
+    assert (snapshot / "model.safetensors").read_bytes() == b"weights"
+    config = json.loads((snapshot / "config.json").read_text())
+    assert config["hidden_size"] == 8
+    assert "rope_parameters" not in config
+    command = earlier.server_command(Path("python"), hub, (0, 4), None, host="10.0.0.3", identity=tmp_path / "key")
+    assert "--new_swarm" in command
+    assert "/ip4/10.0.0.3/tcp/31330" in command
+    assert earlier.address_pattern("10.0.0.3").search("at /ip4/10.0.0.3/tcp/31330/p2p/Qm1 now")
 
 
 WORKER = """

@@ -36,10 +36,10 @@ from rich.console import Console
 import local_swarm
 from bench import report
 from bench.figures import Figure
-from bench.plan import MODES, NETWORKS, QUICK_NETWORKS, QUICK_SCENARIOS, SCENARIOS, Plan
+from bench.plan import MODES, NETWORKS, QUICK_MODES, QUICK_NETWORKS, QUICK_SCENARIOS, SCENARIOS, Plan
 from bench.suite import LAB_HOSTS, Suite
 
-FULL_MINUTES, QUICK_MINUTES = 30.0, 3.0
+FULL_MINUTES, QUICK_MINUTES = 28.0, 2.5
 FULL_ROUNDS, QUICK_ROUNDS = (3, 15), (2, 5)
 _LAB_TRIED = "PETALS_BENCH_NO_LAB"
 
@@ -100,11 +100,12 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """Choose what the options ask for, in the suite's own order."""
     scenarios = options.scenarios or (QUICK_SCENARIOS if options.quick else [each.name for each in SCENARIOS])
     networks = options.networks or (QUICK_NETWORKS if options.quick else [each.name for each in NETWORKS])
+    modes = options.modes or (QUICK_MODES if options.quick else [each.name for each in MODES])
     least, most = options.rounds or (QUICK_ROUNDS if options.quick else FULL_ROUNDS)
     return Plan(
         scenarios=[each for each in SCENARIOS if each.name in scenarios],
         networks=[each for each in NETWORKS if each.name in networks],
-        modes=[each for each in MODES if options.modes is None or each.name in options.modes],
+        modes=[each for each in MODES if each.name in modes],
         minutes=options.minutes or (QUICK_MINUTES if options.quick else FULL_MINUTES),
         min_rounds=least,
         max_rounds=most,

@@ -124,6 +124,7 @@ MODES = (
 # In five minutes: the figures that say most.
 QUICK_SCENARIOS = ("decode", "first-token", "prefill-512", "clients-4", "forward")
 QUICK_NETWORKS = (LOOPBACK, "100mbit-100ms")
+QUICK_MODES = ("local", "petals-1", "petals-3", "earlier-3", "cpu-offload", "disk-offload")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

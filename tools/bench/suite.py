@@ -145,6 +145,7 @@ class Suite:
         """Servers of Petals 2.2.0, the first of which others join by."""
         assert self._earlier is not None
         address: str | None = None
+        servers: list[local_swarm.Process] = []
         with contextlib.ExitStack() as stack:
             for number, blocks in enumerate(local_swarm.spans(self._num_blocks, mode.num_servers), 1):
                 where = place(f"server{number}", is_lab)
@@ -155,9 +156,11 @@ class Suite:
                 environment = {**os.environ, **earlier.variables(self._hub)}
                 server = local_swarm.Process(f"{mode.title} {number}", [*where.prefix, *command], environment)
                 stack.callback(server.stop)
-                found = server.wait_for(earlier.address_pattern(where.host), START_TIMEOUT_S)[1][0]
+                servers.append(server)
+                if address is None:
+                    address = server.wait_for(earlier.address_pattern(where.host), START_TIMEOUT_S)[1][0]
+            for server in servers:
                 server.wait_for(earlier.READY, START_TIMEOUT_S)
-                address = address or found
             assert address is not None
             yield address
 
