@@ -35,7 +35,8 @@ PATIENCE_S: Final = 2.0
 """How long a borrower waits before younger ones have to give way."""
 MIN_RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 60.0
-_LEARNING_RATE: Final = 1 / 16
+_LEARNING_RATES: Final = {False: 1 / 16, True: 1 / 4}
+"""Of the promised part, downwards and upwards: promising too little costs computing again, too much only waiting."""
 _PACE_TIME_S: Final = 30.0
 """Over about how long the pace at which room becomes free is averaged."""
 
@@ -311,7 +312,7 @@ class Admission:
         )
 
     def _learn(self, share: float) -> None:
-        share = self.promise_share + _LEARNING_RATE * (share - self.promise_share)
+        share = self.promise_share + _LEARNING_RATES[share > self.promise_share] * (share - self.promise_share)
         self.promise_share = min(max(share, MIN_PROMISE), 1.0)
 
 
