@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
-from petals_server.execution.session import SessionState
-from petals_server.execution.states import PackedStates
-from petals_server.execution.steps import StepRunner, StepWork
-from petals_server.scheduling.pace import Pace
 
 from petals_core.tensors.codec import encode
 from petals_server.config import ServerConfig, ServerLimits
 from petals_server.engine import Engine
+from petals_server.execution.session import SessionState
+from petals_server.execution.states import PackedStates
+from petals_server.execution.steps import StepRunner, StepWork
 from petals_server.loading import ServedModel, load_model, open_model
+from petals_server.scheduling.pace import Pace
 
 
 class LocalEngine:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from engine_load.clients import Session, connected, states, step_rate
-
 from engine_load.engine import engine_of
 from engine_load.figures import Figure, at_least, at_most, note
 from engine_load.servers import Server, checkout, serving

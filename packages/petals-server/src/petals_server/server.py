@@ -321,8 +321,13 @@ class Server:
             raise OverloadedError("the server is still loading its blocks", retry_after_s=_LOADING_RETRY_S)
         await self._requests(stream)
 
+    def _observe_speed(self) -> Speed:
+        pace = self._engine.pace
+        observed = Speed(decode_tokens_per_s=pace.decode_tokens_per_s, forward_tokens_per_s=pace.bulk_tokens_per_s)
+        return self._speedometer.observe(observed, now_s=time.monotonic())
+
     def _describe(self, now_s: float, expires_at_s: float) -> Announcement:
-        info, speed = self._handler.info(), self._speedometer.speed
+        info, speed = self._handler.info(), self._observe_speed()
         return Announcement(
             model_name=_printable(info.model_name),
             fingerprint=info.fingerprint,

@@ -6,16 +6,16 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
 
 from petals_core.errors import CacheLostError, OverloadedError, PetalsError
 from petals_core.identity import PeerId
 from petals_server.admission import Account, Admission, Outcome, Verdict
 from petals_server.config import ServerLimits
 
-_ANSWERING_SHARE: Final = 0.1
-_MAX_ANSWERING_S: Final = 1.0
-"""Before its deadline a client that waits is refused, so that it still learns when to come back."""
+_ANSWERING_SHARE, _MAX_ANSWERING_S = 0.1, 1.0
+"""Before its deadline a client that waits to begin is refused, so that it still learns when to come back."""
+_COMPUTING_SHARE, _MAX_COMPUTING_S = 0.25, 10.0
+"""The same for a step, which is to be computed in time when it has got its room."""
 
 
 class Reservation:
@@ -123,7 +123,7 @@ class SessionTable:
             peer_id,
             most,
             now_s=now_s,
-            deadline_s=_time_to_answer(now_s, deadline_s),
+            deadline_s=deadline_s - min(_MAX_ANSWERING_S, _ANSWERING_SHARE * max(0.0, deadline_s - now_s)),
             num_fixed=num_rows * self._state_tokens,
         )
         reservation = self._open[account] = Reservation(account, peer_id)
@@ -146,7 +146,8 @@ class SessionTable:
         if account.is_over:
             raise _cache_lost()
         now_s = time.monotonic()
-        if self._admission.grow(account, num_tokens, now_s=now_s, deadline_s=_time_to_answer(now_s, deadline_s)):
+        deadline_s -= min(_MAX_COMPUTING_S, _COMPUTING_SHARE * max(0.0, deadline_s - now_s))
+        if self._admission.grow(account, num_tokens, now_s=now_s, deadline_s=deadline_s):
             return
         try:
             await self._wait(reservation)
@@ -220,7 +221,3 @@ class SessionTable:
 
 def _cache_lost() -> CacheLostError:
     return CacheLostError("the session's cache had to make room for older sessions: open it again")
-
-
-def _time_to_answer(now_s: float, deadline_s: float) -> float:
-    return deadline_s - min(_MAX_ANSWERING_S, _ANSWERING_SHARE * max(0.0, deadline_s - now_s))
