@@ -87,6 +87,14 @@ def serve(
     torch_dtype: Annotated[
         str, typer.Option("--torch-dtype", metavar="DTYPE", help="auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
+    compile_mode: Annotated[
+        str,
+        typer.Option(
+            "--compile",
+            metavar="MODE",
+            help="auto, on or off: replay decode steps on a GPU from recorded graphs; auto measures if that is faster.",
+        ),
+    ] = "auto",
     quantization: Annotated[
         str,
         typer.Option(
@@ -181,6 +189,7 @@ def serve(
         device=device,
         torch_dtype=torch_dtype,
         quantization=quantization,
+        compile=compile_mode,
         trust_remote_code=trust_remote_code,
         adapters=tuple(adapters or ()),
         revision=revision,

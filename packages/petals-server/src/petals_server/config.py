@@ -15,6 +15,7 @@ from petals_core.wire.compression import MODES, Mode
 
 DEFAULT_PORT = 31330
 TORCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
+COMPILE_MODES = ("auto", "on", "off")
 QUANTIZATIONS = ("none", "int8", "nf4", "auto")
 
 
@@ -93,6 +94,8 @@ class ServerConfig:
     public_name: str = ""
     cache_tokens: int | None = None
     """Tokens that the attention caches of all sessions may hold together; None: by free memory."""
+    compile: str = "auto"
+    """Whether decode steps on a GPU are replayed from recorded graphs: one of ``COMPILE_MODES``."""
     num_threads: int | None = None
     """Threads of the device's computing; None: measured."""
     compression: Mode = "auto"
@@ -114,6 +117,8 @@ class ServerConfig:
             raise ConfigurationError(f"--port {self.port} is not between 0 and 65535")
         if self.torch_dtype not in TORCH_DTYPES:
             raise ConfigurationError(f"--torch-dtype {self.torch_dtype} is none of {', '.join(TORCH_DTYPES)}")
+        if self.compile not in COMPILE_MODES:
+            raise ConfigurationError(f"--compile {self.compile} is none of {', '.join(COMPILE_MODES)}")
         if self.quantization not in QUANTIZATIONS:
             raise ConfigurationError(f"--quantization {self.quantization} is none of {', '.join(QUANTIZATIONS)}")
         if self.compression not in MODES:

@@ -234,6 +234,8 @@ class RequestHandler:
                 first_layer=span.start - self.model.span.start,
                 form=self.model.form,
                 threads=self.model.threads,
+                kernel=self.model.kernel,
+                with_graphs=self.model.with_graphs,
             )
         return StepWork(session, runner, states, **options)
 

@@ -24,7 +24,10 @@ from petals_server.adapters import load_adapters
 from petals_server.cache.pages import CachePages, plan_groups
 from petals_server.cache.tensors import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS, CacheTensors
 from petals_server.config import ServerConfig
+from petals_server.execution.compilation import choose_graphs
 from petals_server.execution.probe import Form, find_layout
+from petals_server.execution.steps import StepRunner
+from petals_server.execution.varlen import Kernel, find_kernel
 from petals_server.positions import find_max_positions
 
 log = logging.getLogger(__name__)
@@ -66,6 +69,10 @@ class ServedModel:
     """Who holds what of the attention cache."""
     cache: CacheTensors | None
     """The cache itself; None where each session keeps its own."""
+    kernel: Kernel | None
+    """Attends for all rows of a turn at once; None: they take turns."""
+    with_graphs: bool
+    """Whether decode steps are replayed from recorded graphs."""
     cache_tokens: int
     """Tokens that the attention caches of all sessions may hold together."""
     state_tokens: int
@@ -161,6 +168,16 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
     windows = [kind.window for kind in layout.kinds] or [None]
     pages = CachePages(plan_groups(windows, num_tokens=cache_tokens, page_tokens=page_tokens), page_tokens=page_tokens)
     cache = CacheTensors(layout.kinds, pages, dtype=opened.dtype, device=opened.device) if layout.kinds else None
+    kernel, with_graphs = None, False
+    if cache is not None and layout.form is Form.PACKED:
+        kernel = find_kernel(layout.kinds, dtype=opened.dtype, device=opened.device, page_tokens=page_tokens)
+        plain, replaying = (
+            StepRunner(
+                span, cache, first_layer=0, form=layout.form, threads=plan, kernel=kernel, with_graphs=with_graphs
+            )
+            for with_graphs in (False, True)
+        )
+        with_graphs = choose_graphs(config.compile, plain, replaying, pages)
     return ServedModel(
         name=opened.checkpoint.name,
         fingerprint=opened.fingerprint,
@@ -171,6 +188,8 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         form=layout.form,
         pages=pages,
         cache=cache,
+        kernel=kernel,
+        with_graphs=with_graphs,
         cache_tokens=cache_tokens,
         state_tokens=cache_cost.state_tokens,
         threads=plan,

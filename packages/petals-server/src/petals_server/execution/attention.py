@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 import torch
 from torch.nn import functional
 
+from petals_core.models import transformers_attention
 from petals_server.execution import batch as batches
 from petals_server.execution.batch import RowView
 from petals_server.execution.varlen import suits
@@ -144,3 +145,6 @@ def _attend_by_scores(
         shares_HNK = torch.softmax(scores_HNK, dim=2, dtype=torch.float32)
     shares = shares_HNK.to(values_GKD.dtype).reshape(num_groups, -1, shares_HNK.shape[2])
     return (shares @ values_GKD).view(num_heads, count, -1)
+
+
+transformers_attention.register(NAME, attend)

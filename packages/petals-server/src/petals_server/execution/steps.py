@@ -7,15 +7,15 @@ Letters: T tokens of all rows of a step, or of all steps of a turn together; H h
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import final
+from typing import Final, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from petals_core.identity import PeerId
-from petals_core.models import transformers_attention
 from petals_core.models.split import Span
 from petals_server.cache.pages import PageCopy
 from petals_server.cache.tensors import CacheTensors
@@ -23,30 +23,57 @@ from petals_server.engine import Work
 from petals_server.execution import attention
 from petals_server.execution.batch import Batch, active
 from petals_server.execution.changes import RowChange, changed
+from petals_server.execution.decode_graphs import DecodeGraphs
 from petals_server.execution.padded import compute_padded
 from petals_server.execution.probe import Form
 from petals_server.execution.session import SessionState
 from petals_server.execution.states import EncodedStates, PackedStates
+from petals_server.execution.varlen import Kernel, suits
 from petals_server.scheduling.plan import Part, RowPart, Take
 from petals_server.scheduling.request import MAX_DECODE_COLUMNS, Urgency
 from petals_server.threads import ThreadPlan
 
-_FEW_TOKENS = 4
-"""Turns of no more are computed with the number of threads that is best for one token."""
+log = logging.getLogger(__name__)
 
-transformers_attention.register(attention.NAME, attention.attend)
+_FEW_TOKENS: Final = 4
+"""Turns of no more are computed with the number of threads that is best for one token."""
 
 
 class StepRunner:
     """Computes turns of steps of one span. Used in the device's thread."""
 
-    def __init__(self, span: Span, cache: CacheTensors, *, first_layer: int, form: Form, threads: ThreadPlan) -> None:
-        """``first_layer``: where in the cache the span's blocks begin."""
+    def __init__(
+        self,
+        span: Span,
+        cache: CacheTensors,
+        *,
+        first_layer: int,
+        form: Form,
+        threads: ThreadPlan,
+        kernel: Kernel | None = None,
+        with_graphs: bool = False,
+    ) -> None:
+        """
+        Args:
+            first_layer: where in the cache the span's blocks begin.
+            kernel: attends for all rows at once where it can.
+            with_graphs: whether turns of single tokens are replayed from recorded graphs, which takes a kernel.
+        """
         self.span = span
         self.cache = cache
         self.first_layer = first_layer
         self.form = form
         self.threads = threads
+        self._kernel = kernel
+        self._graphs: DecodeGraphs | None = None
+        kinds = cache.kinds[first_layer : first_layer + span.num_blocks]
+        if with_graphs and kernel is not None and form is Form.PACKED and all(suits(kind) for kind in kinds):
+            self._graphs = DecodeGraphs(span, cache, first_layer=first_layer, kernel=kernel)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether single tokens are replayed; False once recording has failed."""
+        return self._graphs is not None and not self._graphs.is_broken
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> None:
@@ -73,7 +100,7 @@ class StepRunner:
         hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat([each.to(self.span.dtype) for each in inputs])
         hidden_TH = hidden_TH.to(device=self.span.device, dtype=self.span.dtype)
         positions_T = positions[0] if len(positions) == 1 else np.concatenate(positions)
-        output_TH = self._compute(hidden_TH, positions_T, rows, changes).cpu()
+        output_TH = self.compute(hidden_TH, positions_T, rows, changes).cpu()
         start = 0
         for part, work in zip(parts, works, strict=True):
             if part.rows:
@@ -81,14 +108,20 @@ class StepRunner:
                 work.put(part.rows[0].start, output_TH[start : start + part.num_tokens])
                 start += part.num_tokens
 
-    def _compute(
+    def compute(
         self,
         hidden_TH: torch.Tensor,
         positions_T: NDArray[np.int64],
         rows: Sequence[RowPart],
         changes: Sequence[RowChange],
     ) -> torch.Tensor:
-        batch = Batch(rows, self.cache, first_layer=self.first_layer)
+        """Hidden states of rows, on the device, through the span; the result may be overwritten by the next turn."""
+        if self._graphs is not None and self._graphs.fits(rows) and all(change.is_empty for change in changes):
+            try:
+                return self._graphs.run(hidden_TH, positions_T, rows)
+            except RuntimeError as error:
+                log.warning("a decode step could not be recorded: %s", str(error).splitlines()[0])
+        batch = Batch(rows, self.cache, first_layer=self.first_layer, kernel=self._kernel)
         if self.form is Form.PADDED:
             return compute_padded(self.span, batch, hidden_TH, positions_T, changes)
         positions_1T = torch.from_numpy(positions_T).to(hidden_TH.device)[None]
