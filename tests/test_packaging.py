@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -28,6 +32,8 @@ DISTRIBUTION_OF = {"google": "protobuf", "umsgpack": "u-msgpack-python", "yaml":
 ONLY_IN_TEST_KIT = {"hypothesis", "pytest", "tokenizers"}
 # Imported only where it is in use already: weights that a server has quantized.
 ONLY_WHERE_INSTALLED = {("petals-core", "transformers_quantization.py", "bitsandbytes")}
+# Where all private names of Transformers are, so that an upgrade breaks one file.
+PRIVATE_PARTS = "transformers_private.py"
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 
 
@@ -85,6 +91,18 @@ def test_client_installs_neither_the_server_nor_quantization() -> None:
         assert not requirement_names(name) & {"bitsandbytes", "petals-server"}, name
 
 
+def names_used(path: Path) -> Iterator[str]:
+    """Names of attributes that a module reads, writes or defines."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Attribute(attr=name) | ast.FunctionDef(name=name):
+                yield name
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
+            ):
+                yield name
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_types_are_published(name: str) -> None:
     assert [path.name for path in (ROOT / "packages" / name / "src").glob("*/py.typed")] == ["py.typed"]
@@ -112,6 +130,29 @@ def test_nothing_is_pickled(name: str) -> None:
     """What a peer or a file holds must never run as code."""
     used = {module.partition(".")[0] for path in sources(name) for module in imported_modules(path)}
     assert not used & FORBIDDEN_MODULES
+
+
+def test_private_parts_of_transformers_are_touched_in_one_file() -> None:
+    touched = {
+        (path.name, name)
+        for member_name in MEMBERS
+        for path in sources(member_name)
+        if re.search(r"transformers|petals_core\.models", path.read_text())  # others have names of their own
+        for name in names_used(path)
+        if name in private_names_of_transformers()
+    }
+    assert {file for file, _ in touched} == {PRIVATE_PARTS}, touched
+
+
+@functools.cache
+def private_names_of_transformers() -> frozenset[str]:
+    """Private attributes of its classes that are not torch's or everybody's, and two that only instances have."""
+    kinds = (transformers.PreTrainedModel, transformers.PreTrainedConfig, transformers.GenerationConfig)
+    names = {name for kind in (*kinds, transformers.GenerationMixin, transformers.Cache) for name in dir(kind)}
+    names |= {"_attn_implementation", "_pad_token_tensor"}
+    return frozenset(
+        name for name in names - set(dir(torch.nn.Module())) if name.startswith("_") and not name.startswith("__")
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in MEMBERS if "scripts" in member(name)])

@@ -25,7 +25,7 @@ from petals_client.speculation.speculator import PRIORS, Speculator
 from petals_client.tuned_model import TunableModel
 from petals_core.errors import InvalidRequestError, SessionLengthError
 from petals_core.models.transformers_forward import CountingCache
-from petals_core.models.transformers_generation import DecodingCall, GenerationEntry, skip_cached
+from petals_core.models.transformers_private import DecodingCall, GenerationEntry, skip_cached
 
 SPECULATION_MODES = ("auto", "lookup", "draft", "off")
 

@@ -12,6 +12,7 @@ import torch
 
 from petals_core.errors import NotEnoughMemoryError
 from petals_core.models.split import Span
+from petals_core.models.transformers_private import attention_name
 
 MIB: Final = 1024 * 1024
 _HEADROOM_SHARE: Final = 0.1
@@ -91,8 +92,8 @@ def choose_max_scores(span: Span, free: int) -> int:
 
     Only models without fused attention keep a score per pair and head, with two copies; others keep a mask.
     """
-    is_fused = getattr(span.config, "_attn_implementation", "eager") != "eager"
-    pair_bytes = 4 if is_fused else 12 * int(span.config.num_attention_heads)
+    keeps_scores = attention_name(span.config) == "eager"
+    pair_bytes = 12 * int(span.config.num_attention_heads) if keeps_scores else 4
     return max(1, free // 8 // pair_bytes)
 
 

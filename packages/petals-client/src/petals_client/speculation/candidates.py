@@ -11,7 +11,7 @@ from torch import Tensor
 from petals_client.speculation.drafts import Drafts
 
 if TYPE_CHECKING:
-    from petals_core.models.transformers_generation import DecodingCall
+    from petals_core.models.transformers_private import DecodingCall
 
 
 class CandidateDrafter:

@@ -19,7 +19,7 @@ from torch import Tensor
 from petals_client.speculation.drafts import Drafter, Drafts, accept_or_resample, no_drafts
 
 if TYPE_CHECKING:
-    from petals_core.models.transformers_generation import DecodingCall
+    from petals_core.models.transformers_private import DecodingCall
 
 
 def decode(call: DecodingCall, drafter: Drafter) -> Any:
@@ -57,7 +57,7 @@ class _Rows:
         self._unfinished = torch.ones(len(self.tokens), dtype=torch.long, device=self.tokens.device)
         # As without drafts: rows that have ended are filled up with pads only if tokens can end them.
         has_end = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
-        pad: Tensor | None = getattr(call.config, "_pad_token_tensor", None) if has_end else None
+        pad = call.pad_token if has_end else None
         self._pad = None if pad is None else pad.to(self.tokens.device)
         self._num_unfinished = len(self.tokens)
 

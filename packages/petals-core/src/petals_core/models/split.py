@@ -26,6 +26,7 @@ from petals_core.models import transformers_quantization as quantizers
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.low_rank import LayerShapes, linear_layers
 from petals_core.models.memory import release_memory
+from petals_core.models.transformers_private import takes_attention_functions
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -110,7 +111,7 @@ def _find_architecture(config: PreTrainedConfig) -> Architecture:
         multipliers=surroundings.multipliers,
         is_recurrent=is_recurrent,
         block_layers=block_layers,
-        has_attention_interface=bool(getattr(base_class, "_supports_attention_backend", False)),
+        has_attention_interface=takes_attention_functions(base_class),
     )
 
 

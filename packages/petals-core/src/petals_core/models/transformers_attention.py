@@ -1,7 +1,7 @@
 """Attention functions of our own in the place of a model's: the other part of ``transformers_internals``.
 
-Relies on ``AttentionInterface`` and ``AttentionMaskInterface``: a model takes the function that the name in
-``config._attn_implementation`` stands for at each call, and makes no mask where a name has a function but no mask
+Relies on ``AttentionInterface`` and ``AttentionMaskInterface``: a model takes the function that the name in its config
+stands for at each call, and makes no mask where a name has a function but no mask
 function. Read against 5.17 and 5.23 (``modeling_utils.py``, ``masking_utils.py``).
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from petals_core.models import transformers_private as private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,17 +34,16 @@ def registered(name: str, attention: Callable[..., Any], mask: Callable[..., Any
     try:
         yield
     finally:
-        del AttentionInterface._global_mapping[name]
-        del AttentionMaskInterface._global_mapping[name]
+        private.forget_attention(name)
 
 
 @contextmanager
 def used(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Let a model's blocks attend by the function of that name. Not for use in several threads at once."""
     config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
+    before = private.attention_name(config)
+    private.set_attention_name(config, name)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        private.set_attention_name(config, before)

@@ -1,7 +1,6 @@
-"""The one file that relies on more of Transformers than its documentation promises.
+"""What Transformers does around its blocks, as far as its documentation says too little of it: splitting and loading.
 
-Each function says what it relies on. When an upgrade of Transformers breaks something, it is here that it is mended.
-Read against 5.17 and 5.23.
+Each function says what it relies on. Private names are in ``transformers_private``. Read against 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import nn
 
 from petals_core.errors import CheckpointError, InvalidRequestError, NotEnoughMemoryError, UnsupportedModelError
 from petals_core.models import transformers_caches as caches
+from petals_core.models.transformers_private import is_stateful
 from petals_core.models.transformers_quantization import shared_modules
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check_config(config: PreTrainedConfig, base_class: type[PreTrainedModel]) ->
         raise UnsupportedModelError(
             f"{name} keeps its state in a cache of its own kind and can't be served in sessions: choose another model"
         )
-    caches.check_layer_types(config, is_stateful=bool(getattr(base_class, "_is_stateful", False)))
+    caches.check_layer_types(config, is_stateful=is_stateful(base_class))
 
 
 def build_on_meta(base_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

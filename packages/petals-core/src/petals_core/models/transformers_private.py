@@ -1,4 +1,7 @@
-"""How ``generate`` is entered when a model's blocks are elsewhere: its cache, and a decoding loop that drafts.
+"""The one file that touches private parts of Transformers: names that begin with an underscore.
+
+Most of it is how ``generate`` is entered when a model's blocks are elsewhere: its cache, and a decoding loop that
+drafts. When an upgrade of Transformers breaks something, look here first.
 
 Read against 5.17 and 5.23 (``generation/utils.py``, ``generation/candidate_generator.py``).
 
@@ -15,13 +18,47 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from petals_core.errors import InvalidRequestError
-from petals_core.models.transformers_forward import CountingCache
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+    from petals_core.models.transformers_forward import CountingCache
+
+
+# --- classes and configs ----------------------------------------------------------------------------------------------
+
+
+def is_stateful(base_class: type[PreTrainedModel]) -> bool:
+    """Whether the class says that it keeps a state beside keys and values (``_is_stateful``)."""
+    return bool(getattr(base_class, "_is_stateful", False))
+
+
+def takes_attention_functions(base_class: type[PreTrainedModel]) -> bool:
+    """Whether blocks attend by a function that can be registered (``_supports_attention_backend``)."""
+    return bool(getattr(base_class, "_supports_attention_backend", False))
+
+
+def attention_name(config: PreTrainedConfig) -> str:
+    """What a loaded model attends by (``_attn_implementation``); ``eager`` alone keeps scores."""
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def set_attention_name(config: PreTrainedConfig, name: str) -> None:
+    """Let the model of this config attend by another function from its next call on."""
+    config._attn_implementation = name
+
+
+def forget_attention(name: str) -> None:
+    """Take back what was registered as an attention and as its mask (``_global_mapping``)."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop(name, None)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
 
 
 class GenerationEntry:
@@ -148,6 +185,8 @@ class GenerationEntry:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        from petals_core.models.transformers_forward import CountingCache
+
         cache = model_kwargs.get("past_key_values")
         # Prompt lookup drafts beyond the last token that may be kept; drafts of an assistant are cut before.
         num_drafts = generation_config.prompt_lookup_num_tokens or 0
@@ -177,6 +216,11 @@ class DecodingCall:
     """Whether the prompts are yet to be computed, for which drafts are of no use."""
     _last: Any = None
     _hidden_states: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+
+    @property
+    def pad_token(self) -> torch.Tensor | None:
+        """What rows that have ended are filled up with, as ``generate`` has worked it out (``_pad_token_tensor``)."""
+        return getattr(self.config, "_pad_token_tensor", None)
 
     def new_drafter(self, row: int, tokens: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Make what drafts for one row of tokens [R, L]: takes its tokens, pads included, gives what may come next.
@@ -252,6 +296,8 @@ class DecodingCall:
 
     def result(self, tokens: torch.Tensor, *, scores: Sequence[torch.Tensor], logits: Sequence[torch.Tensor]) -> Any:
         """What ``generate`` returns."""
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
         config = self.config
         if self.streamer is not None:
             self.streamer.end()
@@ -286,6 +332,7 @@ def skip_cached(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
     Its first step passes the whole sequence whatever is cached, where all other modes slice it in ``_prefill``. (A
     local model then computes the beginning twice, at wrong positions.) The signature stays: ``generate`` reads it.
     """
+    from petals_core.models.transformers_forward import CountingCache
 
     @functools.wraps(prepare)
     def prepare_inputs_for_generation(
