@@ -23,8 +23,8 @@ from petals_core.wire.messages import Buffer, OpenSession
 _logger = logging.getLogger(__name__)
 MAX_WAIT_S = 5.0
 """For a server that is full for the moment, before it is asked again."""
-_ASK_AGAIN_S = 1.0
-"""Where nobody holds a block, between two look-ups."""
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.2, 2.0
+"""Where nobody holds a block, between two look-ups; each is twice as long as the one before."""
 _TELL_S = 5.0
 """Between two lines that tell the user of the waiting."""
 
@@ -117,12 +117,13 @@ class ChainOpener:
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         told_s = started_s - _TELL_S
+        pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 return await self.open(start, end, failed=failed)
             except PetalsError as error:
                 is_missing = isinstance(error, MissingBlocksError)
-                if loop.time() + _ASK_AGAIN_S >= deadline_s or not (
+                if loop.time() + pause_s >= deadline_s or not (
                     is_missing or error.disposition is not Disposition.GIVE_UP
                 ):
                     raise
@@ -136,8 +137,10 @@ class ChainOpener:
                         deadline_s - started_s,
                         error.message,
                     )
-            failed.clear()
-            await asyncio.sleep(_ASK_AGAIN_S)
+            await asyncio.sleep(pause_s)
+            if pause_s > _FIRST_PAUSE_S:
+                failed.clear()
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
     async def _open_hop(self, hop: Hop, server: SignedAnnouncement, *, timeout_s: float) -> HopSession:
         connection = await self._swarm.connect(server)

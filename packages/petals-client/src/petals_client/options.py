@@ -39,6 +39,9 @@ class ClientOptions:
     """Age at which what is known of the servers is looked up again."""
     max_tokens_per_request: int = 2048
     """Longer prompts and larger batches travel in parts."""
+    part_tokens: int | None = None
+    """Tokens of the parts of a long prompt, which follow each other through the servers of a chain; None: so many that
+    all servers and links work at once."""
     micro_batch_tokens: int | None = None
     """Tokens of whole rows that travel together in a batch; None: by the batch and the number of servers."""
     max_tokens_in_flight: int = 16_384
@@ -80,8 +83,8 @@ class ClientOptions:
             raise ConfigurationError(
                 f"gradient_encoding {self.gradient_encoding!r} is none of {', '.join(GRADIENT_ENCODINGS)}"
             )
-        if self.max_tokens_in_flight < 1 or (self.micro_batch_tokens or 1) < 1:
-            raise ConfigurationError("max_tokens_in_flight and micro_batch_tokens are at least 1")
+        if min(self.max_tokens_in_flight, self.micro_batch_tokens or 1, self.part_tokens or 1) < 1:
+            raise ConfigurationError("max_tokens_in_flight, micro_batch_tokens and part_tokens are at least 1")
 
     @classmethod
     def make(

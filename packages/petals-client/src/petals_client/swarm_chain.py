@@ -257,8 +257,10 @@ class SwarmChainSession:
                 "this session was opened before this process was forked, and stays with the parent: "
                 "open another one here with model.inference_session()"
             )
-        max_tokens = choose_part_tokens(
-            hidden.shape[0], len(self._session.chain), max_tokens=self._options.max_tokens_per_request
+        options = self._options
+        max_tokens = min(
+            options.max_tokens_per_request,
+            options.part_tokens or choose_part_tokens(hidden.shape[0], len(self._session.chain)),
         )
         rate = self._session.rate_bytes_per_s
         if hidden.shape[0] <= max_tokens:

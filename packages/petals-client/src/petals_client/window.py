@@ -14,7 +14,7 @@ _GAIN = 1.5
 _WEIGHT = 1 / 4
 
 
-def choose_part_tokens(num_tokens: int, num_hops: int, *, max_tokens: int) -> int:
+def choose_part_tokens(num_tokens: int, num_hops: int) -> int:
     """Tokens of the parts of a step: enough parts to keep all servers and links of a chain at work.
 
     One less than all only pays where it leaves several parts.
@@ -22,7 +22,7 @@ def choose_part_tokens(num_tokens: int, num_hops: int, *, max_tokens: int) -> in
     stages = num_hops + 1
     wanted = math.ceil(num_tokens / (_PARTS_PER_STAGE * stages))
     rounded = math.ceil(wanted / MIN_PART_TOKENS) * MIN_PART_TOKENS
-    return min(max_tokens, MAX_PART_TOKENS, max(MIN_PART_TOKENS, rounded))
+    return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, rounded))
 
 
 class FlightWindow:

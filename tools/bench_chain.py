@@ -1,0 +1,237 @@
+"""A chain of three servers on slow networks: ``python3 tools/bench_chain.py [--json FILE]``.
+
+Runs itself in the network lab (docs/network-lab.md): a client and three servers, each on a host of its own, kernel TCP
+between them. *Decoding*, 50 ms one way between any two hosts: a step should take the one-way delays around the ring and
+the computing, and next to nothing more. *Prefill* of 2,048 tokens, 20 ms one way, at two rates: in parts that follow
+each other through the chain, and in one piece; beside the slowest stage, a link or all computing together (the servers
+share this machine's cores). Compression is off, so that the bytes are those of the states. Needs root.
+"""
+
+from __future__ import annotations
+
+import environment
+
+if __name__ == "__main__":
+    environment.enter()
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+import local_swarm
+from lab import sandbox
+from petals_client import AutoDistributedModelForCausalLM, ClientOptions
+from petals_core.testing import factories
+
+TOOLS = Path(__file__).resolve().parent
+HOSTS = ("client", "a", "b", "c")
+ONE_WAY_S = 0.05
+PREFILL_ONE_WAY_S = 0.02
+PREFILL_TOKENS = 2048
+TARGETS = {20: 2.5, 100: 1.4}
+"""Mbit/s: how many times as fast as in one piece."""
+PAYLOAD_SHARE = 1448 / 1500
+"""Of a rate of whole IP packets, what TCP's payload can get."""
+READY_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """Medians of steps of one token, in seconds."""
+
+    step_s: float
+    compute_s: float
+    """Of all servers."""
+    delays_s: float
+    """Around the ring, as they were asked of the lab."""
+    num_steps: int
+
+    @property
+    def bound_s(self) -> float:
+        return 1.03 * (self.delays_s + self.compute_s) + 0.001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """One prompt, at one rate, in seconds."""
+
+    rate_mbit: int
+    parts_s: float
+    whole_s: float
+    link_s: float
+    """What the bytes of the states take on one link."""
+    compute_s: float
+    """Of all servers together, with one thread each on all of this machine's cores: what they took one after another
+    for the prompt in one piece, over the number of cores."""
+
+    @property
+    def slowest_s(self) -> float:
+        return max(self.link_s, self.compute_s)
+
+
+def change_network(**settings: str) -> None:
+    """Connect all hosts in another way."""
+    text = ",".join(f"{name}={value}" for name, value in settings.items())
+    command = [sys.executable, str(TOOLS / "network_lab.py"), "--change", *(f"{host}:{text}" for host in HOSTS)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def place(host: str) -> local_swarm.Place:
+    """Where a host's processes run."""
+    prefix = (sys.executable, str(TOOLS / "network_lab.py"), "--on", host, "--")
+    return local_swarm.Place(host=sandbox.address_of(HOSTS.index(host)), prefix=prefix)
+
+
+def load(folder: Path, address: str, part_tokens: int | None) -> Any:
+    options = ClientOptions.make(initial_peers=[address], compression="none", part_tokens=part_tokens)
+    return AutoDistributedModelForCausalLM.from_pretrained(
+        folder, initial_peers=[address], options=options, dtype=torch.float32
+    )
+
+
+@torch.inference_mode()
+def measure_decoding(model: Any, num_steps: int) -> Decoding:
+    with model.inference_session(max_length=64 + num_steps) as session:
+        model(torch.arange(3, 19).unsqueeze(0))
+        for number in range(num_steps):
+            model(torch.tensor([[3 + number]]))
+        steps = session.trace()[-num_steps:]
+    assert not any(hop.is_carried for step in steps for hop in step.hops)
+    return Decoding(
+        step_s=statistics.median(step.total_s for step in steps),
+        compute_s=statistics.median(sum(hop.compute_s for hop in step.hops) for step in steps),
+        delays_s=len(HOSTS) * ONE_WAY_S,
+        num_steps=num_steps,
+    )
+
+
+@torch.inference_mode()
+def prefill(model: Any, seed: int) -> tuple[float, float]:
+    """Seconds of a prompt in a session that is open, and of computing it."""
+    tokens = torch.randint(3, 259, (1, PREFILL_TOKENS), generator=torch.Generator().manual_seed(seed))
+    with model.inference_session(max_length=PREFILL_TOKENS) as session:
+        model(tokens[:, :1])
+        session.truncate(0)
+        started_s = time.perf_counter()
+        model(tokens)
+        taken_s = time.perf_counter() - started_s
+        return taken_s, sum(hop.compute_s for hop in session.trace()[-1].hops)
+
+
+def measure_prefill(pipelined: Any, whole: Any, rate_mbit: int, hidden_size: int, num_runs: int) -> Prefill:
+    parts, wholes = [], []
+    for run in range(num_runs):
+        parts.append(prefill(pipelined, run)[0])
+        wholes.append(prefill(whole, run))
+    return Prefill(
+        rate_mbit=rate_mbit,
+        parts_s=statistics.median(parts),
+        whole_s=statistics.median(taken_s for taken_s, _ in wholes),
+        link_s=PREFILL_TOKENS * hidden_size * 4 * 8 / (rate_mbit * 1e6 * PAYLOAD_SHARE),
+        compute_s=statistics.median(compute_s for _, compute_s in wholes) / min(os.cpu_count() or 1, len(HOSTS) - 1),
+    )
+
+
+def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, list[Prefill]]:
+    """Everything, in the lab."""
+    with tempfile.TemporaryDirectory(prefix="petals-bench-") as temporary, local_swarm.LocalSwarm() as swarm:
+        os.environ["PETALS_CACHE_DIR"] = os.environ["PETALS_DATA_DIR"] = temporary
+        folder = factories.bench_model(Path(temporary, "bench"))
+        change_network(delay="0ms", rate="unlimited")
+        swarm.start_bootstrap(place=place("a"))
+        edges = local_swarm.spans(12, 3)
+        processes = [
+            swarm.start_server(folder, start, end, "--compression", "none", "--threads", "1", place=place(host))
+            for host, (start, end) in zip(HOSTS[1:], edges, strict=True)
+        ]
+        for process in processes:
+            process.wait_for(local_swarm.READY, READY_TIMEOUT_S)
+        console.print("decoding", style="dim")
+        change_network(delay=f"{500 * ONE_WAY_S:g}ms", rate="unlimited")
+        model = load(folder, swarm.address, None)
+        decoding = measure_decoding(model, options.steps)
+        hidden_size = model.config.hidden_size
+        model.close()
+        figures = []
+        for rate_mbit in options.rates:
+            console.print(f"prefill at {rate_mbit} Mbit/s", style="dim")
+            change_network(delay=f"{500 * PREFILL_ONE_WAY_S:g}ms", rate=f"{rate_mbit}mbit")
+            pipelined, whole = load(folder, swarm.address, None), load(folder, swarm.address, PREFILL_TOKENS)
+            figures.append(measure_prefill(pipelined, whole, rate_mbit, hidden_size, options.runs))
+            pipelined.close()
+            whole.close()
+    return decoding, figures
+
+
+def report(console: Console, decoding: Decoding, figures: list[Prefill]) -> bool:
+    """Print figures beside their targets; True if all are met."""
+    table = Table("figure", "measured", "target", "", title="A chain of three servers")
+    checks: list[bool] = []
+
+    def row(figure: str, measured: str, target: str = "", met: bool | None = None) -> None:
+        table.add_row(figure, measured, target, "" if met is None else "[green]met[/]" if met else "[red]missed[/]")
+        checks.append(met is not False)
+
+    row(
+        "step of one token, 50 ms one way",
+        f"{1e3 * decoding.step_s:.1f} ms",
+        f"{1e3 * decoding.bound_s:.1f} ms",
+        decoding.step_s <= decoding.bound_s,
+    )
+    row("  of which computing", f"{1e3 * decoding.compute_s:.1f} ms")
+    for each in figures:
+        name, target = f"{PREFILL_TOKENS} tokens at {each.rate_mbit} Mbit/s", TARGETS.get(each.rate_mbit)
+        row(f"{name}, in one piece", f"{each.whole_s:.2f} s")
+        gain = each.whole_s / each.parts_s
+        row(
+            f"{name}, in parts",
+            f"{each.parts_s:.2f} s",
+            f"{1.2 * each.slowest_s:.2f} s",
+            each.parts_s <= 1.2 * each.slowest_s,
+        )
+        row("  times as fast", f"{gain:.2f}", f"{target}", None if target is None else gain >= target)
+        row("  one link alone", f"{each.link_s:.2f} s")
+        row("  all computing", f"{each.compute_s:.2f} s")
+    console.print(table)
+    return all(checks)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--steps", type=int, default=60, help="to time (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="prompts of each kind (default: %(default)s)")
+    parser.add_argument("--rates", type=int, nargs="+", default=[20, 100], help="Mbit/s (default: 20 100)")
+    options = parser.parse_args()
+    if sandbox.FOLDER_VARIABLE not in os.environ:
+        lab = [sys.executable, str(TOOLS / "network_lab.py"), "--hosts", *HOSTS, "--on", HOSTS[0], "--"]
+        os.execv(sys.executable, [*lab, sys.executable, *sys.argv])
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    console = Console(width=120)
+    with local_swarm.stopping_in_order():
+        decoding, figures = measure(console, options)
+    console.print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    met = report(console, decoding, figures)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"decoding": asdict(decoding), "prefill": [asdict(each) for each in figures]}, indent=1)
+        )
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
