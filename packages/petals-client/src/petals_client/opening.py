@@ -50,10 +50,19 @@ class ChainOpener:
         self._prompts = prompts
         self._adaptation = adaptation
 
-    async def open(self, start: int, end: int, *, failed: set[PeerId]) -> list[HopSession]:
+    async def open(
+        self,
+        start: int,
+        end: int,
+        *,
+        failed: set[PeerId],
+        previous: PeerId | None = None,
+        following: PeerId | None = None,
+    ) -> list[HopSession]:
         """Plan a chain over blocks ``start:end`` and open the session on each of its servers.
 
-        On failure nothing is left open. Servers that fail are added to ``failed`` and not asked again.
+        On failure nothing is left open. Servers that fail are added to ``failed`` and not asked again. ``previous`` and
+        ``following`` are the servers between which the chain is to stand; None: the client.
 
         Raises:
             PetalsError: no chain could be opened.
@@ -71,6 +80,8 @@ class ChainOpener:
                     end,
                     without=failed,
                     cache_tokens=self._num_rows * self._max_length,
+                    previous=previous,
+                    following=following,
                     adapter=None if self._adaptation is None else self._adaptation.adapter,
                 )
             except MissingBlocksError:
@@ -106,7 +117,16 @@ class ChainOpener:
                 raise failure
             await asyncio.sleep(wait_s)
 
-    async def wait_and_open(self, start: int, end: int, *, failed: set[PeerId], deadline_s: float) -> list[HopSession]:
+    async def wait_and_open(
+        self,
+        start: int,
+        end: int,
+        *,
+        failed: set[PeerId],
+        deadline_s: float,
+        previous: PeerId | None,
+        following: PeerId | None,
+    ) -> list[HopSession]:
         """As ``open``, but wait for servers while nobody holds some blocks, and say so.
 
         Servers that have failed are asked again when there is nobody else. ``deadline_s`` is on the loop's clock.
@@ -120,7 +140,7 @@ class ChainOpener:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                return await self.open(start, end, failed=failed)
+                return await self.open(start, end, failed=failed, previous=previous, following=following)
             except PetalsError as error:
                 is_missing = isinstance(error, MissingBlocksError)
                 if loop.time() + pause_s >= deadline_s or not (

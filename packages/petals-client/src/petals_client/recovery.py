@@ -148,11 +148,17 @@ class Recovery:
                     self._blame(hop, hop.error)
                     hop.close()
             excluded = self._excluded() | {hop.hop.peer_id for hop in leaving if hop.connection.is_draining}
+            place = {
+                "previous": session.hops[first - 1].hop.peer_id if first else None,
+                "following": session.hops[last + 1].hop.peer_id if last + 1 < len(session.hops) else None,
+            }
             try:
                 if leaving[0].error is None:
-                    opened = await session.opener.open(start, end, failed=excluded)
+                    opened = await session.opener.open(start, end, failed=excluded, **place)
                 else:
-                    opened = await session.opener.wait_and_open(start, end, failed=excluded, deadline_s=deadline_s)
+                    opened = await session.opener.wait_and_open(
+                        start, end, failed=excluded, deadline_s=deadline_s, **place
+                    )
             except PetalsError as error:
                 if leaving[0].error is None:  # it still serves
                     leaving[0].stays_until_s = asyncio.get_running_loop().time() + _STAY_S

@@ -58,6 +58,26 @@ async def closed_port() -> Address:
     return address
 
 
+def test_idle_connections_are_closed_where_there_are_too_many_and_others_dropped_on_request(run: Run) -> None:
+    async def main() -> None:
+        async with serving(echo) as one, serving(echo) as two, serving(echo) as three, dialing() as dialer:
+            first, second, third = [
+                await dialer.connect([address_of(each)], peer_id=each.peer_id) for each in (one, two, three)
+            ]
+            stream = first.open_stream()
+            dialer.drop_idle(3)
+            dialer.drop_idle(2)
+            assert await dialer.connect([address_of(one)], peer_id=one.peer_id) is first
+            assert await dialer.connect([address_of(three)], peer_id=three.peer_id) is third
+            assert await dialer.connect([address_of(two)], peer_id=two.peer_id) is not second
+            dialer.drop(first)
+            with pytest.raises(PeerConnectionError, match="silent"):
+                await stream.receive(timeout_s=10)
+            assert await dialer.connect([address_of(one)], peer_id=one.peer_id) is not first
+
+    run(main())
+
+
 def test_connection_is_kept_and_shared(run: Run) -> None:
     async def main() -> None:
         async with (

@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 _MAX_WAITING_STEPS: Final = 2
 """Steps of one session that were taken from the wire and not computed; the others wait as the wire's credit says."""
+_MAX_CONNECTIONS: Final = 128
+"""To next servers; more stay open only while sessions use them."""
 _BACKLOG_BYTES: Final = 4 * MIB
 """Outputs of one session that wait for the network before the next step is computed."""
 
@@ -311,6 +313,7 @@ class RingSession:
             except PetalsError as error:
                 raise NextHopError(f"the next server can't be reached: {error.message}") from None
             self._next_connection = connection
+            self._table.dialer.drop_idle(_MAX_CONNECTIONS)
 
     async def follow(self, stream: Stream) -> None:
         """Take steps from the server before, until its stream ends or the client chooses another one."""

@@ -98,6 +98,13 @@ class Dialer:
         self._forget(connection)
         self._tasks.start(connection.close(PeerConnectionError("it fell silent")))
 
+    def drop_idle(self, max_connections: int) -> None:
+        """Close connections on which no stream is open while there are more than so many, the oldest first."""
+        idle = [each for each in self._connections.values() if not each.num_streams]
+        for connection in idle[: max(0, len(self._connections) - max_connections)]:
+            self._forget(connection)
+            self._tasks.start(connection.close())
+
     async def close(self) -> None:
         """Close all connections and end all attempts. Afterwards no task, timer or socket is left. Idempotent."""
         self._is_closed = True
