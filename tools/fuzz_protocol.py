@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from petals_core import schema
 from petals_core.addresses import Address
-from petals_core.announcement import Announcement, SignedAnnouncement
+from petals_core.announcement import OBSERVED_ID_BYTES, Announcement, SignedAnnouncement
 from petals_core.errors import (
     AuthenticationError,
     InvalidAnnouncementError,
@@ -45,6 +45,8 @@ from petals_core.wire.frames import FLAG_BEGIN, FLAG_END, HEAD, HEADER, FrameTyp
 from petals_core.wire.hello import ANSWER_BYTES, MAGIC, DialerHello, ListenerHello
 from petals_core.wire.inbox import FrameReader
 from petals_core.wire.messages import (
+    Backward,
+    BackwardResult,
     Body,
     Failure,
     Forward,
@@ -52,9 +54,20 @@ from petals_core.wire.messages import (
     Info,
     InfoRequest,
     OpenSession,
+    OpenTuning,
+    Progress,
+    ProgressRequest,
+    Push,
+    Pushed,
+    Replay,
+    Replayed,
+    Route,
+    Routed,
     SessionOpened,
     Step,
     StepResult,
+    TuningReady,
+    UpdateTuning,
     decode_body,
     encode_body,
 )
@@ -75,6 +88,19 @@ NONCE = bytes(range(32))
 
 TENSORS: Any = (("bfloat16", (3, 64), "none", 384),)
 RUNS = (((0, 2),), ((5, 1),))
+SESSION = bytes(16)
+REQUEST: dict[str, Any] = {
+    "fingerprint": "ab" * 16,
+    "start": 0,
+    "end": 4,
+    "row_tokens": (2, 1),
+    "tensors": TENSORS,
+    "deadline_ms": 9,
+    "position_runs": RUNS,
+    "graph_id": bytes(16),
+    "active_adapter": "an-adapter",
+    "tuning": bytes(16),
+}
 BODIES: tuple[Body, ...] = (
     InfoRequest(),
     Info(
@@ -92,17 +118,66 @@ BODIES: tuple[Body, ...] = (
         num_sessions=3,
     ),
     OpenSession(
-        session_id=bytes(16), fingerprint="ab" * 16, start=0, end=4, num_rows=2, max_length=99, deadline_ms=1000
+        session_id=SESSION,
+        fingerprint="ab" * 16,
+        start=0,
+        end=4,
+        num_rows=2,
+        max_length=99,
+        deadline_ms=1000,
+        active_adapter="an-adapter",
+        tuning=bytes(16),
     ),
     SessionOpened(cache_tokens_left=5),
-    Step(step=7, keep=3, row_tokens=(2, 1), tensors=TENSORS, deadline_ms=1000, row_order=(1, 0), position_runs=RUNS),
-    StepResult(step=7, tensors=TENSORS, queue_us=10, compute_us=1000),
-    Forward(
-        fingerprint="ab" * 16, start=0, end=4, row_tokens=(2, 1), tensors=TENSORS, deadline_ms=9, position_runs=RUNS
+    Step(
+        step=7,
+        keep=3,
+        row_tokens=(2, 1),
+        tensors=TENSORS,
+        deadline_ms=1000,
+        row_order=(1, 0),
+        position_runs=RUNS,
+        attempt=2,
+        passes=1,
+        hops=((10, 1000, 20_000),),
     ),
-    ForwardResult(tensors=TENSORS, queue_us=10, compute_us=1000),
-    Failure(code="overloaded", message="no room", retry_after_s=1.5),
+    StepResult(step=7, tensors=TENSORS, queue_us=10, compute_us=1000, attempt=2, hops=((10, 1000, 20_000),)),
+    Route(
+        session_id=SESSION,
+        attempt=2,
+        deadline_ms=1000,
+        is_last=False,
+        previous=bytes(32),
+        next=bytes(100),
+        next_session=SESSION,
+    ),
+    Routed(),
+    Replay(session_id=SESSION, attempt=2, before=7, passes=1, max_tokens=1024, deadline_ms=1000),
+    Replayed(last=6),
+    ProgressRequest(session_id=SESSION),
+    Progress(attempt=2, received=6, computed=5),
+    Push(session_id=SESSION),
+    Pushed(),
+    Forward(**REQUEST),
+    ForwardResult(tensors=TENSORS, queue_us=10, compute_us=1000, is_kept=True),
+    Backward(**REQUEST),
+    BackwardResult(tensors=TENSORS, queue_us=10, compute_us=1000),
+    OpenTuning(
+        fingerprint="ab" * 16,
+        start=0,
+        end=4,
+        layers=("self_attn.q_proj", "mlp.up_proj"),
+        rank=8,
+        scaling=2.0,
+        values_id=bytes(16),
+        tensors=TENSORS,
+        deadline_ms=1000,
+    ),
+    UpdateTuning(values_id=bytes(16), tensors=TENSORS, deadline_ms=1000),
+    TuningReady(values_id=bytes(16)),
+    Failure(code="overloaded", message="no room", retry_after_s=1.5, attempt=2),
 )
+"""One of each kind."""
 ENVELOPES = tuple(encode_body(body) for body in BODIES)
 KINDS = frozenset(schema.unpack(envelope)["kind"] for envelope in ENVELOPES)
 ANNOUNCEMENT = SignedAnnouncement.sign(
@@ -125,6 +200,9 @@ ANNOUNCEMENT = SignedAnnouncement.sign(
         version="1.0",
         public_name="a name",
         next_delays=((bytes(32), 0.01),),
+        intent=(8, 20),
+        intent_at_s=NOW_S - 5,
+        observed=((bytes(OBSERVED_ID_BYTES), 90),),
     ),
     SERVER,
 ).encoded

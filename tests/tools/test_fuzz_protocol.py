@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from petals_core.wire import messages
+
 TOOL = Path(__file__).parents[2] / "tools" / "fuzz_protocol.py"
 
 
@@ -16,6 +18,10 @@ def load() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def test_every_kind_of_message_is_mutated() -> None:
+    assert set(messages._KINDS) == load().KINDS
 
 
 def test_mutated_input_raises_only_documented_errors_and_gets_behind_the_framing() -> None:
