@@ -48,7 +48,7 @@ class Product:
     settles = True
     believes = False
 
-    def __init__(self, rules: MoveRules, base_interval_s: float = 60.0) -> None:
+    def __init__(self, rules: MoveRules, base_interval_s: float = 15.0) -> None:
         self.rules = rules
         self._base_interval_s = base_interval_s
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from petals_server.placement.coverage import Coverage, Placed, Window
-from petals_server.placement.intents import SETTLE_S, Intent, holds, may_leave, may_propose
+from petals_server.placement.intents import SETTLE_S, Intent, find_yielding, holds, may_leave, may_propose
 from petals_server.placement.moves import Move, MoveCost
 from petals_server.placement.observation import trust
 from petals_server.placement.offers import Ability
@@ -338,7 +338,7 @@ class World:
             self._as_announced(server),
             cost=self._cost(server),
             stayed_s=self.now_s - server.since_s,
-            num_moving=len(self._moving) + len(self._intents),
+            num_moving=len(self._moving | self._intents.keys()),
             servers=self._others(server),
             rng=self._rng,
         )
@@ -347,12 +347,19 @@ class World:
         if not self.policy.settles:
             self._move(server, move)
             return
-        intent = Intent(peer_id=server.peer_id, start=move.start, end=move.end, issued_at_s=self.now_s)
+        intent = Intent(
+            peer_id=server.peer_id,
+            start=move.start,
+            end=move.end,
+            issued_at_s=self.now_s,
+            source=(server.start, server.end),
+        )
         if not may_propose(intent.region, self._intents.values()):
             return
         server.intent = intent
         self.after(self._rng.uniform(*_LAG_S), lambda: self._announce_intent(server, intent))
-        self.after(SETTLE_S, lambda: self._settle(server, intent, move))
+        seen_before = {other.peer_id for other in self._intents.values()}
+        self.after(SETTLE_S, lambda: self._settle(server, intent, move, seen_before))
 
     def _others(self, server: Server) -> list[Placed]:
         """The steady servers, where a repair may need them all."""
@@ -373,12 +380,17 @@ class World:
             self._intents[server.number] = intent
             self._show(server, is_steady=False)
 
-    def _settle(self, server: Server, intent: Intent, move: Move) -> None:
+    def _settle(self, server: Server, intent: Intent, move: Move, seen_before: set[bytes]) -> None:
         if server.state != "online":
             return
         assert server.placed is not None
         others = self.view.without(server.placed)
         others.holders -= self._ghosts
+        for peer_id in find_yielding(intent, self._intents.values(), seen_before=seen_before):
+            number = next(number for number, each in self._intents.items() if each.peer_id == peer_id)
+            rival = self.servers.get(number)
+            if rival is not None:
+                others.holders[rival.start : rival.end] += 1
         if holds(intent, self._intents.values()) and may_leave(
             server.placed, (move.start, move.end), others, min_witnesses=move.min_witnesses, reloads=not move.is_repair
         ):
@@ -397,7 +409,8 @@ class World:
         server.num_moves += 1
         self.totals.num_moves += 1
         self._moving.add(server.number)
-        # Its intent is counted among the moving from here on, but keeps others out of its region.
+        if server.intent is not None:
+            self._intents[server.number] = replace(server.intent, has_left=True)
         self._take(server, move)
         self.max_moving_share = max(self.max_moving_share, len(self._moving) / len(self.servers))
         block_gb, machine = self.model.block_gb, server.machine

@@ -18,6 +18,7 @@ from petals_dht.directory import Directory
 
 log = logging.getLogger(__name__)
 
+ANNOUNCE_TIMEOUT_S: Final = 15.0
 _FIRST_RETRY_S: Final = 2.0
 _WITHDRAW_TIMEOUT_S: Final = 5.0
 _JITTER: Final = 0.2
@@ -50,22 +51,25 @@ class Announcer:
         self._clock = clock
         self._tasks = BackgroundTasks()
         self._last: SignedAnnouncement | None = None
+        self._is_started = False
 
     async def start(self) -> None:
-        """Announce, and go on doing so in the background.
+        """Announce, and go on doing so in the background; the second time, only announce.
 
         Raises:
             NoPeersError: no node of the swarm keeps the announcement.
         """
         await self.announce()
-        self._tasks.start(self._announce_regularly(), name="petals announcer")
+        if not self._is_started:
+            self._is_started = True
+            self._tasks.start(self._announce_regularly(), name="petals announcer")
 
-    async def announce(self) -> None:
-        """Announce now; raises ``NoPeersError`` if no node of the swarm keeps it."""
+    async def announce(self, *, timeout_s: float = ANNOUNCE_TIMEOUT_S) -> None:
+        """Announce now, to as many nodes as answer within ``timeout_s``; raises ``NoPeersError`` if none keeps it."""
         now_s = self._clock()
         signed = self._sign(self._describe(now_s, now_s + self._lifetime_s))
         self._last = signed
-        await self._directory.announce(signed)
+        await self._directory.announce(signed, timeout_s=timeout_s)
 
     def _sign(self, announcement: Announcement) -> SignedAnnouncement:
         """Sign, with as many of the delays to others as there is room for."""

@@ -54,6 +54,24 @@ class ServerLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementTiming:
+    """How a server that chooses its blocks itself goes on choosing."""
+
+    interval_s: float = 15.0
+    """Mean time between two looks at the swarm, in swarms of up to 250 servers; longer in larger ones."""
+    settle_s: float = 6.0
+    """How long an intent is announced before it holds; also the longest that announcing may take."""
+    drain_s: float = 20.0
+    """How long open sessions may go on before a move; then their clients go on with other servers."""
+    repair_drain_s: float = 1.0
+    """The same before a move that lights a dark block: meanwhile no session can go on anyway."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.interval_s <= 86_400:
+            raise ConfigurationError(f"--rebalance-interval {self.interval_s:g} is not between 0 and 86400 seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """One server: its model and span, where it listens, and whom it joins.
 
@@ -100,6 +118,8 @@ class ServerConfig:
     """Threads of the device's computing; None: measured."""
     compression: Mode = "auto"
     """Of hidden states and gradients that are sent: ``auto`` where they arrive earlier that way; never lossy."""
+    placement: PlacementTiming | None = PlacementTiming()
+    """When a server without ``blocks`` considers moving; None: it stays where it started."""
     announce_interval_s: float = 40.0
     announce_lifetime_s: float = 120.0
     limits: ServerLimits = ServerLimits()

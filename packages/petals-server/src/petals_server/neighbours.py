@@ -65,6 +65,12 @@ class Neighbours:
         """Look and measure in the background; ``on_first`` is called when there are delays for the first time."""
         self._tasks.start(self._measure_regularly(on_first), name="petals neighbours")
 
+    def hold(self, start: int, end: int) -> None:
+        """The server holds other blocks now."""
+        self._start, self._end = start, end
+        self._measured.clear()
+        self.delays = ()
+
     async def close(self) -> None:
         """Measure no more."""
         await self._tasks.close()

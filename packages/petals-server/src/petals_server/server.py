@@ -9,11 +9,11 @@ import time
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from petals_core.addresses import Address
 from petals_core.announcement import Announcement
-from petals_core.errors import ConfigurationError, NotEnoughMemoryError, OverloadedError, PetalsError
+from petals_core.errors import ConfigurationError, DrainingError, NotEnoughMemoryError, OverloadedError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_NAME_CHARS
 from petals_core.net.dialer import Dialer
@@ -22,12 +22,14 @@ from petals_core.net.stream import Stream
 from petals_dht.directory import Directory
 from petals_dht.reachability import dial_back
 from petals_server import reachability
-from petals_server.announcer import Announcer
-from petals_server.config import ServerConfig
+from petals_server.announcer import ANNOUNCE_TIMEOUT_S, Announcer
+from petals_server.balancer import Balancer
+from petals_server.config import PlacementTiming, ServerConfig
 from petals_server.engine import Engine
 from petals_server.neighbours import Neighbours
+from petals_server.placement.moves import Move, MoveCost, MoveRules
+from petals_server.placement.observation import Votes
 from petals_server.placement.offers import Ability
-from petals_server.placement.view import look
 from petals_server.scheduling.pace import Pace
 from petals_server.sessions import SessionTable
 from petals_server.speed import Speed, Speedometer
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 VERSION: Final = version("petals-server")
 DRAIN_TIMEOUT_S: Final = 10.0
 _LOADING_RETRY_S: Final = 5.0
+_RELOAD_RETRY_S: Final = 30.0
 
 
 class Server:
@@ -65,6 +68,15 @@ class Server:
         self._speedometer: Speedometer
         self._neighbours: Neighbours | None = None
         self._requests: RequestHandler | None = None
+        self._balancer: Balancer | None = None
+        self._opened: OpenedModel
+        self._span = (0, 0)
+        """The blocks that are served, or being loaded."""
+        self._is_moving = False
+        self._load_s = 0.0
+        """How long the blocks took to load, downloading and measuring included."""
+        self._streams: set[asyncio.Task[None]] = set()
+        """Handlers of streams."""
 
     @classmethod
     async def start(cls, config: ServerConfig, progress: ProgressCallback | None = None) -> Self:
@@ -107,7 +119,17 @@ class Server:
     @property
     def num_sessions(self) -> int:
         """Open sessions."""
-        return len(self._handler.sessions)
+        return 0 if self._requests is None else len(self._requests.sessions)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The blocks that are served, or loaded: first, and one past the last."""
+        return self._span
+
+    @property
+    def is_online(self) -> bool:
+        """Whether it takes work."""
+        return self._requests is not None and self._requests.state == "online"
 
     @property
     def cache_tokens_left(self) -> int:
@@ -119,6 +141,8 @@ class Server:
 
         Idempotent; no task, thread or socket is left.
         """
+        if self._balancer is not None:
+            await self._balancer.close()
         if self._requests is not None and self._requests.state == "online":
             self._requests.state = "draining"
             self._requests.training.sessions.close()
@@ -151,7 +175,26 @@ class Server:
         self._engine = Engine(config.limits)
         self._resources.push_async_callback(self._engine.close)
         await self._join(host)
-        opened, start, end = await self._choose_blocks()
+        self._opened = await self._engine.call(lambda: _open_model(config, self._progress))
+        self._announcer = Announcer(
+            self._directory,
+            self._identity,
+            self._describe,
+            interval_s=config.announce_interval_s,
+            lifetime_s=config.announce_lifetime_s,
+            rng=random.Random(),
+        )
+        self._resources.push_async_callback(self._announcer.stop)
+        self._span = await self._choose_blocks()
+        if self._balancer is not None and config.initial_peers:
+            await self._announcer.start()  # so that others that start see which blocks are taken
+        await self._load(*self._span)
+        await self._announce()
+
+    async def _load(self, start: int, end: int) -> None:
+        """Load blocks and be ready to answer; the engine has no model yet."""
+        config, opened = self.config, self._opened
+        started_s = asyncio.get_running_loop().time()
         log.info("loading blocks %d:%d of %d", start, end, opened.num_blocks)
         model = await self._engine.call(lambda: _load_model(opened, start, end, config))
         log.info(
@@ -199,26 +242,26 @@ class Server:
             limits=config.limits,
             facts=ServerFacts(version=VERSION, public_name=config.public_name),
         )
-        self._announcer = Announcer(
-            self._directory,
-            self._identity,
-            self._describe,
-            interval_s=config.announce_interval_s,
-            lifetime_s=config.announce_lifetime_s,
-            rng=random.Random(),
-        )
-        self._resources.push_async_callback(self._announcer.stop)
+        self._load_s = asyncio.get_running_loop().time() - started_s
+
+    async def _announce(self) -> None:
+        """Tell the swarm, and do all that goes on in the background."""
+        assert self._announcer is not None
         self._neighbours = Neighbours(
-            lambda: self._directory.find_servers(model.fingerprint),
+            lambda: self._directory.find_servers(self._opened.fingerprint),
             identity=self._identity,
-            swarm_key=config.swarm_key,
-            start=start,
-            end=end,
+            swarm_key=self.config.swarm_key,
+            start=self._span[0],
+            end=self._span[1],
             rng=random.Random(),
         )
         self._resources.push_async_callback(self._neighbours.close)
         await self._announcer.start()
         self._neighbours.start(self._announcer.announce)
+        if self._balancer is not None:
+            self._hold()
+            if self.config.placement is not None:
+                self._balancer.start()
 
     async def _join(self, host: str | None) -> None:
         """Open the ports, join the directory, and see that others can connect."""
@@ -277,17 +320,16 @@ class Server:
                 "router (choose it with --port), or set --announce-host to the address by which this machine is reached"
             )
 
-    async def _choose_blocks(self) -> tuple[OpenedModel, int, int]:
-        """Find the model, and the blocks of it to serve."""
-        config = self.config
-        opened = await self._engine.call(lambda: _open_model(config, self._progress))
+    async def _choose_blocks(self) -> tuple[int, int]:
+        """Where to start: as told, or where the swarm needs it."""
+        config, opened = self.config, self._opened
         if config.blocks is not None:
             start, end = config.blocks
             if end > opened.num_blocks:
                 raise ConfigurationError(
                     f"{opened.checkpoint.name} has blocks 0:{opened.num_blocks}, which do not include {start}:{end}"
                 )
-            return opened, start, end
+            return start, end
         num_blocks = config.num_blocks
         if num_blocks is None:
             num_blocks = min(opened.num_blocks, opened.num_blocks_that_fit)
@@ -299,15 +341,93 @@ class Server:
         if num_blocks > opened.num_blocks:
             raise ConfigurationError(f"--num-blocks {num_blocks}: the model has only {opened.num_blocks} blocks")
         if num_blocks == opened.num_blocks:
-            return opened, 0, num_blocks
-        servers = await self._directory.find_servers(opened.fingerprint)
-        view = look(
-            {server.peer_id.digest: server.announcement for server in servers if server.peer_id != self.peer_id},
+            return 0, num_blocks
+        timing = config.placement or PlacementTiming()
+        self._balancer = Balancer(
+            self,
+            directory=self._directory,
+            identity=self._identity,
+            swarm_key=config.swarm_key,
+            fingerprint=opened.fingerprint,
             num_blocks=opened.num_blocks,
+            timing=timing,
+            rules=MoveRules(),
+            rng=random.Random(),
         )
-        ability = Ability(max_blocks=num_blocks, block_tokens_per_s=view.typical_tokens_per_s, min_blocks=num_blocks)
+        view = await self._balancer.look()
+        ability = self._ability(num_blocks, view.typical_tokens_per_s * num_blocks)
         window = view.coverage.choose_window(ability.offers)
-        return opened, window.start, window.end
+        self._span = (window.start, window.end)
+        if config.initial_peers:
+            window = await self._balancer.settle_start(view, window, ability)
+        return window.start, window.end
+
+    def _ability(self, max_blocks: int, block_tokens_per_s: float) -> Ability:
+        return Ability(
+            max_blocks=max_blocks,
+            block_tokens_per_s=block_tokens_per_s,
+            min_blocks=None if self.config.num_blocks is None else max_blocks,
+        )
+
+    # --- moving -------------------------------------------------------------------------------------------------------
+
+    async def announce(self, *, timeout_s: float = ANNOUNCE_TIMEOUT_S) -> None:
+        """Announce now; raises ``PetalsError`` if no other node keeps it."""
+        assert self._announcer is not None
+        await self._announcer.announce(timeout_s=timeout_s)
+
+    def cost(self) -> MoveCost:
+        """What a move to other blocks takes."""
+        timing = self.config.placement or PlacementTiming()
+        return MoveCost(fixed_s=timing.drain_s / 2, new_block_s=self._load_s / (self._span[1] - self._span[0]))
+
+    def votes(self) -> Votes:
+        """What was observed of other servers."""
+        return {}
+
+    async def move(self, move: Move) -> None:
+        """Hold other blocks: drain, unload, load, announce. Where they can't be loaded, hold the old ones again."""
+        assert self._requests is not None
+        assert self._balancer is not None
+        timing, before = self.config.placement or PlacementTiming(), self._span
+        self._requests.state = "draining"
+        self._is_moving = True
+        await self.announce(timeout_s=timing.settle_s)
+        await self._end_streams(timing.repair_drain_s if move.is_repair else timing.drain_s)
+        self._requests = None
+        self._span = (move.start, move.end)
+        while self._requests is None:
+            await self._engine.close()
+            self._engine = Engine(self.config.limits)
+            try:
+                await self._load(*self._span)
+            except PetalsError as error:
+                log.error("could not load blocks %d:%d, going back: %s", *self._span, error)
+                await asyncio.sleep(0 if self._span != before else _RELOAD_RETRY_S)
+                self._span, self._balancer.intent = before, None
+        assert self._neighbours is not None
+        self._neighbours.hold(*self._span)
+        self._is_moving = False
+        self._balancer.intent = None
+        self._hold()
+        await self.announce()
+        log.info("serving blocks %d:%d now", *self._span)
+
+    async def _end_streams(self, grace_s: float) -> None:
+        """Let what is open end; then the rest is told to go elsewhere."""
+        if self._streams:
+            await asyncio.wait(self._streams, timeout=grace_s)
+        for task in self._streams:
+            task.cancel()
+        if self._streams:
+            await asyncio.wait(self._streams)
+
+    def _hold(self) -> None:
+        """Tell the balancer what is held."""
+        assert self._balancer is not None
+        rate, length = self.model.threads.decode_tokens_per_s, self._span[1] - self._span[0]
+        most = self.config.num_blocks or max(length, min(self._opened.num_blocks, self._opened.num_blocks_that_fit))
+        self._balancer.hold(*self._span, rate, self._ability(most, rate * length))
 
     # --- serving ------------------------------------------------------------------------------------------------------
 
@@ -317,9 +437,18 @@ class Server:
         return self._requests
 
     async def _serve(self, stream: Stream) -> None:
-        if self._requests is None:
+        requests = self._requests
+        if self._is_moving and (requests is None or requests.state != "online"):
+            raise DrainingError("the server is moving to other blocks")
+        if requests is None:
             raise OverloadedError("the server is still loading its blocks", retry_after_s=_LOADING_RETRY_S)
-        await self._requests(stream)
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
+        try:
+            await requests(stream)
+        finally:
+            self._streams.discard(task)
 
     def _observe_speed(self) -> Speed:
         pace = self._engine.pace
@@ -327,27 +456,38 @@ class Server:
         return self._speedometer.observe(observed, now_s=time.monotonic())
 
     def _describe(self, now_s: float, expires_at_s: float) -> Announcement:
-        info, speed = self._handler.info(), self._observe_speed()
+        opened, requests = self._opened, self._requests
+        intent = None if self._balancer is None else self._balancer.intent
+        facts: dict[str, Any] = {}
+        if requests is None:
+            facts["state"] = "draining" if self._is_moving else "joining"
+        else:
+            info, speed = requests.info(), self._observe_speed()
+            facts = {
+                "state": info.state,
+                "inference_tokens_per_s": speed.decode_tokens_per_s,
+                "forward_tokens_per_s": speed.forward_tokens_per_s,
+                "cache_tokens_left": info.cache_tokens_left,
+                "adapters": tuple(requests.model.adapters),
+                "load": float(self._engine.num_queued),
+            }
         return Announcement(
-            model_name=_printable(info.model_name),
-            fingerprint=info.fingerprint,
-            num_blocks=info.num_blocks,
-            start=info.start,
-            end=info.end,
+            model_name=_printable(opened.checkpoint.name),
+            fingerprint=opened.fingerprint,
+            num_blocks=opened.num_blocks,
+            start=self._span[0],
+            end=self._span[1],
             addresses=(self.address,),
-            state=info.state,
-            torch_dtype=info.torch_dtype,
-            quantization=info.quantization,
+            torch_dtype=str(opened.dtype).removeprefix("torch."),
+            quantization=opened.quantization,
             issued_at_s=now_s,
             expires_at_s=expires_at_s,
-            inference_tokens_per_s=speed.decode_tokens_per_s,
-            forward_tokens_per_s=speed.forward_tokens_per_s,
-            cache_tokens_left=info.cache_tokens_left,
-            adapters=tuple(self.model.adapters),
-            load=float(self._engine.num_queued),
-            version=info.version,
-            public_name=info.public_name,
+            version=VERSION,
+            public_name=self.config.public_name,
             next_delays=() if self._neighbours is None else self._neighbours.delays,
+            intent=None if intent is None else (intent.start, intent.end),
+            intent_at_s=None if intent is None else intent.issued_at_s,
+            **facts,
         )
 
 

@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import permutations
 
 from hypothesis import given
@@ -8,6 +10,7 @@ from petals_server.placement.intents import (
     MAX_PROPOSAL_S,
     SETTLE_S,
     Intent,
+    find_yielding,
     holds,
     may_leave,
     may_propose,
@@ -56,64 +59,81 @@ proposals = st.lists(
 
 
 @given(st.lists(st.integers(0, 7), min_size=2, max_size=7), proposals, st.data())
-def test_movers_that_cannot_all_see_each_other_leave_no_block_dark(
+def test_movers_that_do_not_all_see_each_other_leave_no_block_dark(
     starts: list[int], times: list[tuple[int, float, float]], data: st.DataObject
 ) -> None:
     """The protocol with every delay that it allows: an announcement is seen by all when announcing has returned, and by
     some before."""
     num_blocks, length = 10, 3
-    servers = {
-        number: Placed(peer_id=b"%d" % number, start=start, end=start + length, tokens_per_s=1)
-        for number, start in enumerate(starts)
-    }
     events: list[tuple[float, int, int]] = []
-    begun: dict[int, float] = {}
+    begun: set[int] = set()
     for which, at_s, took_s in times:
         number = which % len(starts)
-        if number in begun:
-            continue
-        begun[number] = at_s
-        events += [(at_s, 0, number), (at_s + took_s, 1, number), (at_s + took_s + SETTLE_S, 2, number)]
+        if number not in begun:
+            begun.add(number)
+            events += [(at_s, 0, number), (at_s + took_s, 1, number), (at_s + took_s + SETTLE_S, 2, number)]
     announced: dict[int, Intent] = {}
     in_flight: dict[int, Intent] = {}
+    seen_before: dict[int, set[bytes]] = {}
     gone: set[int] = set()
 
-    def seen_intents(reader: int) -> dict[int, Intent]:
-        """All that were announced, and any of those that are being announced."""
-        early = {number: each for number, each in in_flight.items() if number != reader and data.draw(st.booleans())}
-        return {**early, **{number: each for number, each in announced.items() if number != reader}}
+    def read(reader: int) -> dict[int, Intent]:
+        """All that was announced, and any of what is being announced."""
+        early = {number: each for number, each in in_flight.items() if data.draw(st.booleans())}
+        return {number: each for number, each in {**early, **announced}.items() if number != reader}
 
-    def others(reader: int, intents: dict[int, Intent]) -> Coverage:
+    def others(reader: int, intents: dict[int, Intent], staying: set[bytes]) -> Coverage:
         return Coverage(
             num_blocks,
             [
                 Placed(
-                    peer_id=each.peer_id,
-                    start=each.start,
-                    end=each.end,
+                    peer_id=b"%d" % number,
+                    start=start,
+                    end=start + length,
                     tokens_per_s=1,
-                    is_steady=number not in intents,
+                    is_steady=number not in intents or b"%d" % number in staying,
                 )
-                for number, each in servers.items()
+                for number, start in enumerate(starts)
                 if number != reader and number not in gone
             ],
         )
 
-    to = (0, 3)
-    held_at_first = {block for start in starts for block in range(start, start + length)}
     for at_s, phase, number in sorted(events):
-        me = servers[number]
+        me = Placed(peer_id=b"%d" % number, start=starts[number], end=starts[number] + length, tokens_per_s=1)
         if phase == 0:
-            intents = seen_intents(number)
-            if may_leave(me, to, others(number, intents), min_witnesses=1, reloads=True):
-                in_flight[number] = Intent(peer_id=me.peer_id, start=0, end=3, issued_at_s=at_s)
-        elif number in in_flight and phase == 1:
+            seen_before[number] = {each.peer_id for each in read(number).values()}
+            in_flight[number] = Intent(
+                peer_id=me.peer_id,
+                start=0,
+                end=1 + 8 * number,  # regions of their own: only the sources rival
+                issued_at_s=at_s,
+                source=(me.start, me.end),
+            )
+        elif phase == 1:
             announced[number] = in_flight.pop(number)
-        elif number in announced and phase == 2:
-            intents = seen_intents(number)
-            if may_leave(me, to, others(number, intents), min_witnesses=1, reloads=True):
+        else:
+            intents = read(number)
+            mine = announced[number]
+            staying = find_yielding(mine, intents.values(), seen_before=seen_before[number])
+            if holds(mine, intents.values()) and may_leave(
+                me, (8, 9), others(number, intents, staying), min_witnesses=1, reloads=True
+            ):
                 gone.add(number)
+                announced[number] = replace(mine, source=(0, 0), has_left=True)
             else:
                 del announced[number]
-    held = {block for number, each in servers.items() if number not in gone for block in range(each.start, each.end)}
-    assert held == held_at_first
+
+    def held(numbers: Iterable[int]) -> set[int]:
+        return {block for number in numbers for block in range(starts[number], starts[number] + length)}
+
+    assert held(set(range(len(starts))) - gone) == held(range(len(starts)))
+
+
+def test_of_two_that_could_both_go_one_goes() -> None:
+    rivals = [replace(intent(name, 8, 10, 5.0), source=(0, 2)) for name in "ab"]
+    going = [each for each in rivals if holds(each, rivals)]
+    assert len(going) == 1
+    (other,) = (each for each in rivals if each is not going[0])
+    assert find_yielding(going[0], rivals, seen_before=()) == {other.peer_id}
+    assert find_yielding(going[0], rivals, seen_before=(other.peer_id,)) == set()
+    assert find_yielding(other, rivals, seen_before=()) == set()

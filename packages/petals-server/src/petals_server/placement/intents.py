@@ -9,14 +9,14 @@ the other's intent in its last reading, and whoever sees none had announced befo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from petals_server.placement.coverage import Coverage, Placed
 
-SETTLE_S: Final = 4.0
-MAX_PROPOSAL_S: Final = 4.0
+SETTLE_S: Final = 6.0
+MAX_PROPOSAL_S: Final = 6.0
 REGION_BLOCKS: Final = 4
 
 
@@ -29,11 +29,19 @@ class Intent:
     end: int
     issued_at_s: float
     """When the mover announced it; part of what is signed."""
+    source: tuple[int, int] = (0, 0)
+    """What it holds until then; nothing for a server that starts."""
+    has_left: bool = False
+    """It has settled, and the server is on the way."""
 
     @property
     def region(self) -> int:
         """The part of the model around the middle of the new span: one server at a time moves into it."""
         return (self.start + self.end) // 2 // REGION_BLOCKS
+
+    def shares_blocks(self, other: Intent) -> bool:
+        """Whether both would leave the same block."""
+        return max(self.source[0], other.source[0]) < min(self.source[1], other.source[1])
 
     @property
     def precedence(self) -> bytes:
@@ -48,19 +56,38 @@ def may_propose(region: int, others: Iterable[Intent]) -> bool:
 
 
 def holds(intent: Intent, others: Iterable[Intent]) -> bool:
-    """Whether an intent that has settled goes before all others for its region."""
-    return all(
-        other.region != intent.region or intent.precedence < other.precedence
+    """Whether an intent that has settled goes before all its rivals: those for its region, or from its blocks."""
+    for other in others:
+        if other.peer_id == intent.peer_id:
+            continue
+        if other.has_left:
+            if other.region == intent.region:
+                return False
+        elif (other.region == intent.region or intent.shares_blocks(other)) and other.precedence < intent.precedence:
+            return False
+    return True
+
+
+def find_yielding(intent: Intent, others: Iterable[Intent], *, seen_before: Collection[bytes]) -> set[bytes]:
+    """The rivals (by peer id) that are sure to stay if ``intent`` holds: they will see it and have to give way.
+
+    ``seen_before`` are those whose intents were seen before ``intent`` was announced: they may have looked before that.
+    """
+    return {
+        other.peer_id
         for other in others
-        if other.peer_id != intent.peer_id
-    )
+        if not other.has_left
+        and intent.shares_blocks(other)
+        and intent.precedence < other.precedence
+        and other.peer_id not in seen_before
+    }
 
 
 def may_leave(me: Placed, to: tuple[int, int], others: Coverage, *, min_witnesses: int, reloads: bool) -> bool:
     """Whether each block that ``me`` takes off is held by ``min_witnesses`` others that are steady.
 
-    ``others`` counts as steady only servers that answered and have no intent of their own, whatever its precedence.
-    With ``reloads`` the blocks that the mover will hold again need others too: they are away while it loads.
+    ``others`` counts as steady only servers that answered and have no intent of their own, or have to give way. With
+    ``reloads`` the blocks that the mover will hold again need others too: they are away while it loads.
     """
     return all(
         others.holders[block] >= min_witnesses or (not reloads and to[0] <= block < to[1])

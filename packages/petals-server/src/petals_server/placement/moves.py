@@ -30,6 +30,8 @@ class MoveRules:
     min_urgent_stay_s: float = 300.0
     max_moving_share: float = 0.04
     """Of all servers, how many may be on the move; one may always be."""
+    min_repairing: int = 3
+    """So many may always be on the move where a block is dark."""
     min_witnesses: int = 2
     """Other steady servers on each block that a move leaves, to make the swarm faster; one where a block is dark."""
 
@@ -84,13 +86,14 @@ def consider_move(
         num_moving: servers that have an intent now.
         servers: the steady servers without ``me``, for repairs of swarms in which none is to spare.
     """
-    if num_moving >= max(1, int(rules.max_moving_share * (others.num_servers + 1))):
-        return None
+    max_moving = int(rules.max_moving_share * (others.num_servers + 1))
     held = slice(me.start, me.end)
     is_dark = others.is_dark
     is_dark[held] = False
     if is_dark.any():
-        return _repair(others, me, offers, servers)
+        return _repair(others, me, offers, servers) if num_moving < max(rules.min_repairing, max_moving) else None
+    if num_moving >= max(1, max_moving):
+        return None
     swarm = others.copy()
     swarm.add(me)
     share = swarm.bound
@@ -142,7 +145,7 @@ def _repair(others: Coverage, me: Placed, offers: Sequence[Offer], servers: Sequ
 def check_interval_s(num_servers: int, *, base_s: float) -> float:
     """How often a server considers moving, on average.
 
-    Looking costs an announcement for each server of the model. Above a thousand servers each looks more seldom in
+    Looking costs an announcement for each server of the model. Above 250 servers each looks more seldom in
     proportion, so that its traffic stays bounded and the swarm as a whole looks as often.
     """
-    return base_s * max(1.0, num_servers / 1000)
+    return base_s * max(1.0, num_servers / 250)

@@ -51,12 +51,14 @@ def look(
     *,
     num_blocks: int,
     silent: Collection[bytes] = (),
+    staying: Collection[bytes] = (),
     own_votes: Votes | None = None,
 ) -> View:
     """Weigh the announcements of all other servers, by peer id digest.
 
     Args:
         silent: servers that were asked and did not answer: they do not count.
+        staying: servers that may be relied on although they have an intent.
         own_votes: what this server observed itself.
     """
     votes = collect_votes(announcements, own_votes or {})
@@ -75,8 +77,15 @@ def look(
         start, end, is_steady = entry.start, entry.end, entry.state == "online"
         if entry.intent is not None and entry.intent_at_s is not None:
             to_start, to_end = entry.intent
-            intent = Intent(peer_id=peer_id, start=to_start, end=to_end, issued_at_s=entry.intent_at_s)
-            is_steady = False
+            intent = Intent(
+                peer_id=peer_id,
+                start=to_start,
+                end=to_end,
+                issued_at_s=entry.intent_at_s,
+                source=(start, end) if entry.state == "online" else (0, 0),
+                has_left=entry.state == "draining",
+            )
+            is_steady = is_steady and peer_id in staying
             if entry.state == "joining":
                 joining.append(intent)
             else:
