@@ -21,7 +21,7 @@ class Notebook:
         self.num_attempts = 0
         self.is_down = False
 
-    async def announce(self, signed: SignedAnnouncement) -> int:
+    async def announce(self, signed: SignedAnnouncement, *, timeout_s: float) -> int:
         self.num_attempts += 1
         if self.is_down:
             raise NoPeersError("nobody answers")

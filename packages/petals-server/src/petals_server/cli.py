@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
 
 # Waiting OpenMP threads sleep instead of spinning: three servers on two cores otherwise spend three times as long on a
 # step as they compute. Must be set before torch is imported.
@@ -26,7 +27,11 @@ from petals_core.identity import Identity
 from petals_core.swarm_key import SwarmKey
 from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
 from petals_core.wire.compression import Mode
-from petals_server.config import ServerConfig, ServerLimits, parse_blocks, parse_size
+from petals_server.comfort.schedule import Schedule
+from petals_server.config import PlacementTiming, ServerConfig, ServerLimits, parse_blocks, parse_rate, parse_size
+
+if TYPE_CHECKING:
+    from petals_server.server import Server
 
 log = logging.getLogger("petals_server")
 
@@ -35,6 +40,7 @@ _EARLIER_NAMES: Final = {
     "--identity-path": "--identity",
     "--public-ip": "--announce-host",
 }
+_RECORD_INTERVAL_S: Final = 5.0
 _SWITCH_INTERVAL_S: Final = 0.0005
 """The event loop gets the interpreter from the device's thread after this long; Python's default is ten times that."""
 
@@ -153,6 +159,26 @@ def serve(
             "--compression", metavar="WHEN", help="Of what is sent: auto (where it arrives earlier), none or zstd."
         ),
     ] = "auto",
+    rebalance_interval: Annotated[
+        float,
+        typer.Option(
+            "--rebalance-interval",
+            metavar="SECONDS",
+            help="How often a server without --blocks considers other blocks, on average; 0: never.",
+        ),
+    ] = 15.0,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", metavar="HOURS", help="Serve then only, for example 22:00-07:00.")
+    ] = None,
+    pause_when_busy: Annotated[
+        bool, typer.Option("--pause-when-busy", help="Pause while other programs use the device.")
+    ] = False,
+    max_upload: Annotated[
+        str | None,
+        typer.Option(
+            "--max-upload", metavar="RATE", help="Send no more than that in a second, for example 20mbit or 2.5MB."
+        ),
+    ] = None,
     identity: Annotated[
         Path | None,
         typer.Option("--identity", metavar="FILE", help="This server's key; made if there is none [one of yours]."),
@@ -203,12 +229,50 @@ def serve(
         cache_tokens=attn_cache_tokens,
         num_threads=threads,
         compression=cast(Mode, compression),
+        placement=None if rebalance_interval == 0 else PlacementTiming(interval_s=rebalance_interval),
+        schedule=None if schedule is None else Schedule.parse(schedule),
+        pause_when_busy=pause_when_busy,
+        max_upload_bytes_per_s=None if max_upload is None else parse_rate(max_upload),
     )
     _set_up_logging(verbose=verbose)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     from petals_core.net.loop import run
 
     run(_serve(config))
+
+
+@app.command()
+def status(
+    swarm_key_file: Annotated[
+        Path | None, typer.Option("--swarm-key-file", metavar="FILE", help="Key of the servers' private swarm.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show where errors come from.")] = False,
+) -> None:
+    """Show the servers of yours that run on this machine: what they hold, and what they have served."""
+    from petals_core.net.loop import run
+    from petals_server import status as servers
+
+    looked = run(servers.look(None if swarm_key_file is None else SwarmKey.read(swarm_key_file)))
+    if as_json:
+        typer.echo(json.dumps(servers.to_json(looked), indent=2))
+        return
+    for record, round_trip_s in looked:
+        for line in record.lines(round_trip_s, now_s=time.time()):
+            typer.echo(line)
+
+
+async def _write_down(server: Server) -> None:
+    """Write down how the server is, again and again; cancel it at the end."""
+    from petals_server.status import remove_record, save_record
+
+    path = None
+    try:
+        while True:
+            path = save_record(server.record())
+            await asyncio.sleep(_RECORD_INTERVAL_S)
+    finally:
+        remove_record(path)
 
 
 async def _serve(config: ServerConfig) -> None:
@@ -231,6 +295,7 @@ async def _serve(config: ServerConfig) -> None:
         with display:
             server = await Server.start(config, display.report)
         is_ready = True
+        writer = asyncio.create_task(_write_down(server), name="petals status")
         span = server.model.span
         print(
             f"serving {server.model.name} blocks {span.start}:{span.end} · join with --initial-peers {server.address}",
@@ -243,6 +308,8 @@ async def _serve(config: ServerConfig) -> None:
             DRAIN_TIMEOUT_S,
         )
         await server.stop(DRAIN_TIMEOUT_S)
+        writer.cancel()
+        await asyncio.wait([writer])
 
 
 @contextlib.contextmanager

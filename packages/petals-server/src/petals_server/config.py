@@ -12,6 +12,7 @@ from petals_core.identity import Identity
 from petals_core.limits import MAX_BLOCKS, MAX_NAME_CHARS
 from petals_core.swarm_key import SwarmKey
 from petals_core.wire.compression import MODES, Mode
+from petals_server.comfort.schedule import Schedule
 
 DEFAULT_PORT = 31330
 TORCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -120,6 +121,12 @@ class ServerConfig:
     """Of hidden states and gradients that are sent: ``auto`` where they arrive earlier that way; never lossy."""
     placement: PlacementTiming | None = PlacementTiming()
     """When a server without ``blocks`` considers moving; None: it stays where it started."""
+    schedule: Schedule | None = None
+    """Hours in which it serves; None: always."""
+    pause_when_busy: bool = False
+    """Whether it pauses while others use its device."""
+    max_upload_bytes_per_s: float | None = None
+    """What all connections together may send; None: anything."""
     announce_interval_s: float = 40.0
     announce_lifetime_s: float = 120.0
     limits: ServerLimits = ServerLimits()
@@ -188,3 +195,18 @@ def parse_size(text: str, option: str = "--max-disk-space") -> int:
 
 def _size_unit(prefix: str, *, is_binary: bool) -> int:
     return (1024 if is_binary else 1000) ** (" kmgt".index(prefix.lower()) if prefix else 0)
+
+
+def parse_rate(text: str) -> float:
+    """Read a rate of sending in bytes per second: ``20mbit``, ``2.5MB``; both per second.
+
+    Raises:
+        ConfigurationError: ``text`` has another form, or is too little to serve with.
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)\s*([kmg])(bit|B|b)(?:/s|ps)?", text.strip(), re.IGNORECASE)
+    rate = 0.0 if match is None else float(match[1]) * 1000 ** (1 + "kmg".index(match[2].lower()))
+    if match is not None and match[3] not in ("B",):
+        rate /= 8
+    if rate < 10_000:
+        raise ConfigurationError(f"--max-upload {text!r} is no rate of 10 kB a second or more: give for example 20mbit")
+    return rate

@@ -17,6 +17,7 @@ from petals_core.errors import (
     SessionLengthError,
     WrongModelError,
 )
+from petals_core.identity import PeerId
 from petals_core.models.split import Span
 from petals_core.net.stream import Stream
 from petals_core.tensors.codec import TensorSpec
@@ -34,6 +35,7 @@ from petals_core.wire.messages import (
     SessionOpened,
     Step,
 )
+from petals_server.comfort.ledger import ServedLedger
 from petals_server.config import ServerLimits
 from petals_server.engine import Engine, Work
 from petals_server.execution.forward import ForwardWork
@@ -77,7 +79,9 @@ class RequestHandler:
         ring: RingTable,
         limits: ServerLimits,
         facts: ServerFacts,
+        served: ServedLedger | None = None,
     ) -> None:
+        self.served = served or ServedLedger()
         self.model = model
         self.sessions = sessions
         self.ring = ring
@@ -109,6 +113,7 @@ class RequestHandler:
         if self.state != "online":
             raise DrainingError("the server is about to stop and takes no new work")
         self.num_requests += 1
+        self.served.begin()
         try:
             if isinstance(request, OpenSession):
                 await self._serve_session(stream, request, message)
@@ -213,6 +218,7 @@ class RequestHandler:
             result = await self._engine.compute(work)
         finally:
             self.sessions.settle(reservation, self.sessions.count_tokens(num_rows, session.ledger.num_columns))
+        self._note(reservation.peer_id, step, session.span)
         await place.deliver(
             step,
             States(spec=result.spec, payload=result.buffers),
@@ -254,6 +260,7 @@ class RequestHandler:
             peer_id=stream.peer_id,
         )
         result = await self._engine.compute(work)
+        self._note(stream.peer_id, request, span)
         await stream.send(
             ForwardResult(
                 tensors=(result.spec.to_wire(),),
@@ -271,6 +278,7 @@ class RequestHandler:
         work, results, is_kept = await self.training.forward(
             stream.peer_id, request, message, span, arrived_s=arrived_s
         )
+        self._note(stream.peer_id, request, span)
         await stream.send(
             ForwardResult(
                 tensors=tuple(result.spec.to_wire() for result in results),
@@ -287,6 +295,7 @@ class RequestHandler:
         span = await self._find_span(request.fingerprint, request.start, request.end)
         self._check_size(request)
         work, results = await self.training.backward(stream.peer_id, request, message, span, arrived_s=arrived_s)
+        self._note(stream.peer_id, request, span)
         await stream.send(
             BackwardResult(
                 tensors=tuple(result.spec.to_wire() for result in results),
@@ -296,6 +305,9 @@ class RequestHandler:
             [buffer for result in results for buffer in result.buffers],
             end=True,
         )
+
+    def _note(self, peer_id: PeerId, request: Step | Forward | Backward, span: Span) -> None:
+        self.served.note(peer_id, num_tokens=sum(request.row_tokens), num_blocks=span.end - span.start)
 
     def _check_size(self, request: Forward | Backward) -> None:
         """Raise ``InvalidRequestError`` if a request without a session is too large for this server or model."""

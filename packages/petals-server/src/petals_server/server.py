@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import time
 from contextlib import AsyncExitStack
@@ -19,11 +20,15 @@ from petals_core.limits import MAX_NAME_CHARS
 from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
+from petals_core.wire.throttle import Throttle
 from petals_dht.directory import Directory
 from petals_dht.reachability import dial_back
 from petals_server import reachability
 from petals_server.announcer import ANNOUNCE_TIMEOUT_S, Announcer
 from petals_server.balancer import Balancer
+from petals_server.comfort.guest import Guest, Served
+from petals_server.comfort.ledger import ServedLedger
+from petals_server.comfort.meter import make_meter
 from petals_server.config import PlacementTiming, ServerConfig
 from petals_server.engine import Engine
 from petals_server.neighbours import Neighbours
@@ -33,6 +38,7 @@ from petals_server.placement.offers import Ability
 from petals_server.scheduling.pace import Pace
 from petals_server.sessions import SessionTable
 from petals_server.speed import Speed, Speedometer
+from petals_server.status import ServerRecord
 
 if TYPE_CHECKING:
     from petals_core.models.hashes import ProgressCallback
@@ -44,6 +50,7 @@ log = logging.getLogger(__name__)
 VERSION: Final = version("petals-server")
 DRAIN_TIMEOUT_S: Final = 10.0
 _LOADING_RETRY_S: Final = 5.0
+_PAUSE_GRACE_S: Final = 5.0
 _RELOAD_RETRY_S: Final = 30.0
 
 
@@ -64,17 +71,26 @@ class Server:
         self._listener: Listener
         self._identity: Identity
         self._engine: Engine
+        self._dialer: Dialer
+        self._throttle: Throttle | None
         self._announcer: Announcer | None = None
         self._speedometer: Speedometer
         self._neighbours: Neighbours | None = None
         self._requests: RequestHandler | None = None
         self._balancer: Balancer | None = None
+        self._guest: Guest | None = None
         self._opened: OpenedModel
         self._span = (0, 0)
         """The blocks that are served, or being loaded."""
         self._is_moving = False
         self._load_s = 0.0
         """How long the blocks took to load, downloading and measuring included."""
+        self.ledger = ServedLedger()
+        """What was computed, and for whom."""
+        self.num_moves = 0
+        self.pause_reason = ""
+        """Why it takes no work though it could; empty: it does."""
+        self._started_at_s = time.time()
         self._streams: set[asyncio.Task[None]] = set()
         """Handlers of streams."""
 
@@ -141,8 +157,9 @@ class Server:
 
         Idempotent; no task, thread or socket is left.
         """
-        if self._balancer is not None:
-            await self._balancer.close()
+        for task in (self._balancer, self._guest):
+            if task is not None:
+                await task.close()
         if self._requests is not None and self._requests.state == "online":
             self._requests.state = "draining"
             self._requests.training.sessions.close()
@@ -173,7 +190,15 @@ class Server:
         else:
             self._identity = config.identity
         self._engine = Engine(config.limits)
-        self._resources.push_async_callback(self._engine.close)
+        self._resources.push_async_callback(lambda: self._engine.close())  # the one of then: a move makes another
+        self._throttle = None if config.max_upload_bytes_per_s is None else Throttle(config.max_upload_bytes_per_s)
+        self._dialer = Dialer(
+            identity=self._identity,
+            swarm_key=config.swarm_key,
+            compression=config.compression,
+            throttle=self._throttle,
+        )
+        self._resources.push_async_callback(self._dialer.close)
         await self._join(host)
         self._opened = await self._engine.call(lambda: _open_model(config, self._progress))
         self._announcer = Announcer(
@@ -221,8 +246,6 @@ class Server:
         from petals_server.handlers import RequestHandler, ServerFacts
         from petals_server.ring import RingTable
 
-        dialer = Dialer(identity=self._identity, swarm_key=config.swarm_key, compression=config.compression)
-        self._resources.push_async_callback(dialer.close)
         self._requests = RequestHandler(
             model=model,
             engine=self._engine,
@@ -234,14 +257,17 @@ class Server:
                 max_row_tokens=model.pages.max_row_tokens(config.limits.max_turn_tokens or model.max_turn_tokens),
             ),
             ring=RingTable(
-                dialer,
+                self._dialer,
                 fingerprint=model.fingerprint,
                 limits=config.limits,
                 is_local=self.address.is_loopback,
             ),
             limits=config.limits,
             facts=ServerFacts(version=VERSION, public_name=config.public_name),
+            served=self.ledger,
         )
+        if self.pause_reason:
+            self._requests.state = "draining"
         self._load_s = asyncio.get_running_loop().time() - started_s
 
     async def _announce(self) -> None:
@@ -258,6 +284,10 @@ class Server:
         self._resources.push_async_callback(self._neighbours.close)
         await self._announcer.start()
         self._neighbours.start(self._announcer.announce)
+        device = str(self._opened.device) if self.config.pause_when_busy else None
+        self._guest = Guest(self, schedule=self.config.schedule, meter=None if device is None else make_meter(device))
+        self._resources.push_async_callback(self._guest.close)
+        self._guest.start()
         if self._balancer is not None:
             self._hold()
             if self.config.placement is not None:
@@ -286,6 +316,7 @@ class Server:
             swarm_key=config.swarm_key,
             sock=tcp,
             compression=config.compression,
+            throttle=self._throttle,
         )
         resources.push_async_callback(self._listener.close)
         self.address = Address(
@@ -408,6 +439,7 @@ class Server:
         assert self._neighbours is not None
         self._neighbours.hold(*self._span)
         self._is_moving = False
+        self.num_moves += 1
         self._balancer.intent = None
         self._hold()
         await self.announce()
@@ -428,6 +460,60 @@ class Server:
         rate, length = self.model.threads.decode_tokens_per_s, self._span[1] - self._span[0]
         most = self.config.num_blocks or max(length, min(self._opened.num_blocks, self._opened.num_blocks_that_fit))
         self._balancer.hold(*self._span, rate, self._ability(most, rate * length))
+
+    # --- pausing ------------------------------------------------------------------------------------------------------
+
+    async def pause(self, reason: str) -> None:
+        """Take no work, and let what is open end soon, until ``resume``; the blocks stay loaded."""
+        self.pause_reason = reason
+        if self._requests is not None and not self._is_moving:
+            self._requests.state = "draining"
+            await self._end_streams(_PAUSE_GRACE_S)
+        await self.announce()
+
+    async def resume(self) -> None:
+        """Take work again."""
+        self.pause_reason = ""
+        if self._requests is not None and not self._is_moving:
+            self._requests.state = "online"
+        await self.announce()
+
+    def served(self) -> Served:
+        """What was done so far."""
+        ledger = self.ledger
+        return Served(
+            num_requests=ledger.num_requests,
+            num_tokens=ledger.num_tokens,
+            num_peers=ledger.num_peers,
+            num_sessions=self.num_sessions,
+        )
+
+    def record(self) -> ServerRecord:
+        """How it is, for ``petals-server status``."""
+        requests, ledger = self._requests, self.ledger
+        state = "moving" if self._is_moving else "loading" if requests is None else requests.state
+        return ServerRecord(
+            peer_id=str(self.peer_id),
+            port=self._listener.port,
+            address=str(self.address),
+            pid=os.getpid(),
+            model_name=_printable(self._opened.checkpoint.name),
+            start=self._span[0],
+            end=self._span[1],
+            num_blocks=self._opened.num_blocks,
+            state="paused" if self.pause_reason else state,
+            pause_reason=self.pause_reason,
+            started_at_s=self._started_at_s,
+            saved_at_s=time.time(),
+            num_sessions=self.num_sessions,
+            num_requests=ledger.num_requests,
+            num_tokens=ledger.num_tokens,
+            block_tokens=ledger.block_tokens,
+            num_peers=ledger.num_peers,
+            num_moves=self.num_moves,
+            tokens_per_s=0.0 if requests is None else requests.model.threads.decode_tokens_per_s,
+            cache_tokens_left=0 if requests is None else max(0, requests.sessions.cache_tokens_left),
+        )
 
     # --- serving ------------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from petals_core.wire.messages import (
     StepResult,
 )
 from petals_dht.directory import Directory
-from petals_server.config import ServerConfig
+from petals_server.config import PlacementTiming, ServerConfig
 from petals_server.server import Server
 
 TIMEOUT_S = 30.0
@@ -45,7 +45,14 @@ T = TypeVar("T")
 
 def config_for(model: Path, /, **changes: Any) -> ServerConfig:
     """A server of all blocks on this machine that takes little time to start."""
-    config = ServerConfig(model=str(model), identity=Identity.ephemeral(), port=0, num_threads=1, cache_tokens=1000)
+    config = ServerConfig(
+        model=str(model),
+        identity=Identity.ephemeral(),
+        port=0,
+        num_threads=1,
+        cache_tokens=1000,
+        placement=PlacementTiming(interval_s=3600.0, settle_s=0.2),
+    )
     return replace(config, **changes)
 
 

@@ -21,6 +21,7 @@ from petals_core.net.tls import dialer_context
 from petals_core.swarm_key import SwarmKey
 from petals_core.wire.compression import Mode
 from petals_core.wire.hello import NONCE_BYTES, DialerHello, HelloResult
+from petals_core.wire.throttle import Throttle
 
 __all__ = ["Dialer", "PeerConnection"]
 
@@ -42,8 +43,10 @@ class Dialer:
         limits: WireLimits | None = None,
         connect_timeout_s: float = 5.0,
         compression: Mode = "none",
+        throttle: Throttle | None = None,
     ) -> None:
-        """``compression`` is of tensors that are sent."""
+        """``compression`` is of tensors that are sent; ``throttle`` limits what all connections send."""
+        self._throttle = throttle
         self.connect_timeout_s = connect_timeout_s
         """For looking up names, connecting and authenticating together."""
         self._compression: Mode = compression
@@ -158,7 +161,7 @@ class Dialer:
     async def _dial(self, address: Address, host: str, peer_id: PeerId | None, deadline: float) -> PeerConnection:
         """Connect to one IP address and authenticate; on any failure the socket is closed."""
         loop = asyncio.get_running_loop()
-        link = Link(self._context, self._links, is_listener=False)
+        link = Link(self._context, self._links, is_listener=False, throttle=self._throttle)
         try:
             async with asyncio.timeout_at(deadline):
                 await loop.create_connection(lambda: link, host, address.port)

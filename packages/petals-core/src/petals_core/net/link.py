@@ -14,6 +14,7 @@ from petals_core.errors import PeerConnectionError, PetalsError
 from petals_core.net.tls import TlsChannel
 from petals_core.wire.link_rate import LinkRate
 from petals_core.wire.messages import Buffer
+from petals_core.wire.throttle import Throttle
 
 _HIGH_WATER_BYTES = 128 * 1024
 """What may wait in the transport, where nothing overtakes it any more."""
@@ -37,14 +38,18 @@ class Link(asyncio.BufferedProtocol):
         *,
         is_listener: bool,
         on_made: Callable[[Link], None] | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.tls = TlsChannel(context, is_listener=is_listener)
         self.is_paused = False
-        """Whether the transport wants no more bytes for now."""
+        """Whether no more bytes are to be written for now: the transport is full, or the limit is reached."""
         self.remote: tuple[str, int] = ("", 0)
         """IP address and port of the other end."""
         self.rate = LinkRate()
         """What this link takes of what has to wait."""
+        self._throttle = throttle
+        self._throttled: asyncio.TimerHandle | None = None
+        self._is_full = False
         self._paused_at_s = 0.0
         self._waiting_bytes = 0
         self._loop = asyncio.get_running_loop()
@@ -109,16 +114,16 @@ class Link(asyncio.BufferedProtocol):
         self._wake()
 
     def pause_writing(self) -> None:
-        self.is_paused = True
+        self.is_paused = self._is_full = True
         if self._transport is not None:
             self._paused_at_s, self._waiting_bytes = time.perf_counter(), self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
-        self.is_paused = False
+        self._is_full = False
         if self._transport is not None:
             taken = self._waiting_bytes - self._transport.get_write_buffer_size()
             self.rate.note(taken, time.perf_counter() - self._paused_at_s)
-        self._on_writable()
+        self._go_on()
 
     def eof_received(self) -> None:
         self._lose(PeerConnectionError(self._ending("closed the connection")))
@@ -128,6 +133,8 @@ class Link(asyncio.BufferedProtocol):
         self._open_links.discard(self)
         if self._linger is not None:
             self._linger.cancel()
+        if self._throttled is not None:
+            self._throttled.cancel()
         reason = f"lost the connection: {_text(error)}" if error is not None else "closed the connection"
         self._lose(PeerConnectionError(self._ending(reason)))
         if not self._lost.done():
@@ -183,6 +190,8 @@ class Link(asyncio.BufferedProtocol):
         content = buffers[0] if len(buffers) == 1 else b"".join(buffers)
         if self._error is None:
             self._send(self.tls.encrypt(content))
+            if self._throttle is not None:
+                self._wait(self._throttle.spend(len(content), now_s=self._loop.time()))
         return len(content)
 
     def finish(self, grace_s: float = _GRACE_S) -> None:
@@ -223,6 +232,23 @@ class Link(asyncio.BufferedProtocol):
     def _send(self, ciphertext: bytes) -> None:
         if ciphertext and self._transport is not None:
             self._transport.write(ciphertext)
+
+    def _wait(self, delay_s: float) -> None:
+        """Write nothing more for a while."""
+        if delay_s > 0 and self._transport is not None:
+            self.is_paused = True
+            if self._throttled is not None:
+                self._throttled.cancel()
+            self._throttled = self._loop.call_later(delay_s, self._paid)
+
+    def _paid(self) -> None:
+        self._throttled = None
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if not self._is_full and self._throttled is None:
+            self.is_paused = False
+            self._on_writable()
 
     def _lose(self, error: PetalsError) -> None:
         if self._error is not None:

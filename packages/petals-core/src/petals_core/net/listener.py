@@ -31,6 +31,7 @@ from petals_core.net.tls import listener_context
 from petals_core.swarm_key import SwarmKey
 from petals_core.wire.compression import Mode
 from petals_core.wire.hello import NONCE_BYTES, ListenerHello
+from petals_core.wire.throttle import Throttle
 
 Handler = Callable[[Stream], Awaitable[None]]
 
@@ -58,8 +59,11 @@ class Listener:
         limits: WireLimits | None = None,
         listener_limits: ListenerLimits | None = None,
         compression: Mode = "none",
+        throttle: Throttle | None = None,
     ) -> None:
-        """Prepare; ``start`` is what opens the port. ``compression`` is of tensors that are sent."""
+        """Prepare; ``start`` is what opens the port. ``compression`` is of tensors that are sent; ``throttle`` limits
+        what is sent, of all connections together."""
+        self._throttle = throttle
         self._compression: Mode = compression
         self._identity = identity
         self._handler = handler
@@ -90,6 +94,7 @@ class Listener:
         limits: WireLimits | None = None,
         listener_limits: ListenerLimits | None = None,
         compression: Mode = "none",
+        throttle: Throttle | None = None,
     ) -> Self:
         """Listen on ``host`` and ``port`` (0: any free one), or on a bound TCP socket that is given.
 
@@ -106,6 +111,7 @@ class Listener:
             limits=limits,
             listener_limits=listener_limits,
             compression=compression,
+            throttle=throttle,
         )
         if sock is None:
             sock = await _bind(host, port)
@@ -156,7 +162,7 @@ class Listener:
     # --- connections
 
     def _accept(self) -> Link:
-        return Link(self._context, self._links, is_listener=True, on_made=self._admit)
+        return Link(self._context, self._links, is_listener=True, on_made=self._admit, throttle=self._throttle)
 
     def _admit(self, link: Link) -> None:
         """A TCP connection has been made."""
