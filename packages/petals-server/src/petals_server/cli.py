@@ -23,7 +23,7 @@ import typer
 
 from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError
-from petals_core.identity import Identity
+from petals_core.identity import Identity, data_folder
 from petals_core.swarm_key import SwarmKey
 from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
 from petals_core.wire.compression import Mode
@@ -173,6 +173,10 @@ def serve(
     pause_when_busy: Annotated[
         bool, typer.Option("--pause-when-busy", help="Pause while other programs use the device.")
     ] = False,
+    prefer_contributors: Annotated[
+        bool,
+        typer.Option("--prefer-contributors", help="Give clients whose servers compute for others a higher share."),
+    ] = False,
     max_upload: Annotated[
         str | None,
         typer.Option(
@@ -204,6 +208,7 @@ def serve(
         )
     if _looks_like_path(model) and not (Path(model) / "config.json").is_file():
         raise ConfigurationError(f"{model} is not a checkpoint: there is no {Path(model) / 'config.json'}")
+    own = Identity.default("server") if identity is None else Identity.load(identity)
     config = ServerConfig(
         model=model,
         initial_peers=peers,
@@ -224,7 +229,7 @@ def serve(
         limits=ServerLimits(max_kept_bytes=parse_size(kept_outputs, "--kept-outputs")),
         max_disk_bytes=None if max_disk_space is None else parse_size(max_disk_space),
         swarm_key=None if swarm_key_file is None else SwarmKey.read(swarm_key_file),
-        identity=Identity.default("server") if identity is None else Identity.load(identity),
+        identity=own,
         public_name=public_name,
         cache_tokens=attn_cache_tokens,
         num_threads=threads,
@@ -232,6 +237,8 @@ def serve(
         placement=None if rebalance_interval == 0 else PlacementTiming(interval_s=rebalance_interval),
         schedule=None if schedule is None else Schedule.parse(schedule),
         pause_when_busy=pause_when_busy,
+        prefer_contributors=prefer_contributors,
+        receipts=data_folder() / "receipts" / f"{own.peer_id.short}.bin",
         max_upload_bytes_per_s=None if max_upload is None else parse_rate(max_upload),
     )
     _set_up_logging(verbose=verbose)

@@ -125,6 +125,10 @@ class ServerConfig:
     """Hours in which it serves; None: always."""
     pause_when_busy: bool = False
     """Whether it pauses while others use its device."""
+    prefer_contributors: bool = False
+    """Whether clients whose servers have computed for others get a higher share."""
+    receipts: Path | None = None
+    """Where receipts are kept; None: in memory alone."""
     max_upload_bytes_per_s: float | None = None
     """What all connections together may send; None: anything."""
     announce_interval_s: float = 40.0

@@ -25,6 +25,7 @@ from petals_core.tensors.states import States
 from petals_core.wire.messages import (
     Backward,
     BackwardResult,
+    Contribution,
     Forward,
     ForwardResult,
     Info,
@@ -37,6 +38,7 @@ from petals_core.wire.messages import (
 )
 from petals_server.comfort.ledger import ServedLedger
 from petals_server.config import ServerLimits
+from petals_server.contribution.desk import ContributionDesk
 from petals_server.engine import Engine, Work
 from petals_server.execution.forward import ForwardWork
 from petals_server.execution.lone import LoneSession, LoneStepWork
@@ -80,8 +82,10 @@ class RequestHandler:
         limits: ServerLimits,
         facts: ServerFacts,
         served: ServedLedger | None = None,
+        desk: ContributionDesk | None = None,
     ) -> None:
         self.served = served or ServedLedger()
+        self._desk = desk
         self.model = model
         self.sessions = sessions
         self.ring = ring
@@ -104,6 +108,9 @@ class RequestHandler:
         request = message.body
         if isinstance(request, InfoRequest):
             await stream.send(self.info(), end=True)
+            return
+        if isinstance(request, Contribution) and self._desk is not None:
+            await self._desk.serve(stream, request)
             return
         if isinstance(request, RING_REQUESTS):
             await self.ring.serve(stream, request)

@@ -16,7 +16,7 @@ from petals_core.addresses import Address
 from petals_core.announcement import Announcement
 from petals_core.errors import ConfigurationError, DrainingError, NotEnoughMemoryError, OverloadedError, PetalsError
 from petals_core.identity import Identity, PeerId
-from petals_core.limits import MAX_NAME_CHARS
+from petals_core.limits import MAX_NAME_CHARS, MAX_OBSERVED
 from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
@@ -30,6 +30,8 @@ from petals_server.comfort.guest import Guest, Served
 from petals_server.comfort.ledger import ServedLedger
 from petals_server.comfort.meter import make_meter
 from petals_server.config import PlacementTiming, ServerConfig
+from petals_server.contribution.book import ReceiptBook
+from petals_server.contribution.desk import ContributionDesk
 from petals_server.engine import Engine
 from petals_server.neighbours import Neighbours
 from petals_server.placement.moves import Move, MoveCost, MoveRules
@@ -71,6 +73,7 @@ class Server:
         self._listener: Listener
         self._identity: Identity
         self._engine: Engine
+        self._desk: ContributionDesk
         self._dialer: Dialer
         self._throttle: Throttle | None
         self._announcer: Announcer | None = None
@@ -189,6 +192,9 @@ class Server:
             self._resources.callback(self._identity.release)
         else:
             self._identity = config.identity
+        self._desk = ContributionDesk(
+            self._identity, self.ledger, ReceiptBook(config.receipts), prefers=config.prefer_contributors
+        )
         self._engine = Engine(config.limits)
         self._resources.push_async_callback(lambda: self._engine.close())  # the one of then: a move makes another
         self._throttle = None if config.max_upload_bytes_per_s is None else Throttle(config.max_upload_bytes_per_s)
@@ -265,6 +271,7 @@ class Server:
             limits=config.limits,
             facts=ServerFacts(version=VERSION, public_name=config.public_name),
             served=self.ledger,
+            desk=self._desk,
         )
         if self.pause_reason:
             self._requests.state = "draining"
@@ -413,8 +420,8 @@ class Server:
         return MoveCost(fixed_s=timing.drain_s / 2, new_block_s=self._load_s / (self._span[1] - self._span[0]))
 
     def votes(self) -> Votes:
-        """What was observed of other servers."""
-        return {}
+        """What clients observed of other servers."""
+        return self._desk.votes
 
     async def move(self, move: Move) -> None:
         """Hold other blocks: drain, unload, load, announce. Where they can't be loaded, hold the old ones again."""
@@ -572,6 +579,9 @@ class Server:
             public_name=self.config.public_name,
             next_delays=() if self._neighbours is None else self._neighbours.delays,
             intent=None if intent is None else (intent.start, intent.end),
+            observed=tuple(
+                (beginning, min(100, round(100 * share))) for beginning, share in self._desk.observed()[:MAX_OBSERVED]
+            ),
             intent_at_s=None if intent is None else intent.issued_at_s,
             **facts,
         )

@@ -64,8 +64,9 @@ def random_states(num_rows: int, num_tokens: int, seed: int = 0, hidden_size: in
 class Client:
     """Requests to one server."""
 
-    def __init__(self, server: Server, connection: PeerConnection) -> None:
+    def __init__(self, server: Server, connection: PeerConnection, identity: Identity) -> None:
         self.server = server
+        self.identity = identity
         self.connection = connection
 
     async def info(self) -> Info:
@@ -169,9 +170,10 @@ async def served(model: Path, /, **changes: Any) -> AsyncIterator[Client]:
 @asynccontextmanager
 async def connected(server: Server) -> AsyncIterator[Client]:
     """A client of its own identity, connected to a server."""
-    dialer = Dialer(identity=Identity.ephemeral())
+    identity = Identity.ephemeral()
+    dialer = Dialer(identity=identity)
     try:
-        yield Client(server, await dialer.connect([server.address], peer_id=server.peer_id))
+        yield Client(server, await dialer.connect([server.address], peer_id=server.peer_id), identity)
     finally:
         await dialer.close()
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from petals_core import schema
 from petals_core.announcement import DTYPES, QUANTIZATIONS, STATES
 from petals_core.errors import PetalsError, ProtocolError, error_from_wire
+from petals_core.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES
 from petals_core.limits import (
     MAX_ADAPTER_LAYERS,
     MAX_ADAPTER_RANK,
@@ -25,6 +26,8 @@ from petals_core.limits import (
     MAX_HOPS,
     MAX_MODULE_PATH_CHARS,
     MAX_NAME_CHARS,
+    MAX_RECEIPT_BYTES,
+    MAX_RECEIPTS_SHOWN,
     MAX_SESSION_TOKENS,
     MAX_STEP_TOKENS,
 )
@@ -35,6 +38,7 @@ SESSION_ID_BYTES = 16
 GRAPH_ID_BYTES = 16
 VALUES_ID_BYTES = 16
 _MAX_TENSORS = 4
+_ENDORSEMENT_BYTES = PUBLIC_KEY_BYTES + SIGNATURE_BYTES
 _KIND_KEY = "kind"
 
 _tensors = schema.sequence(lambda value: value, _MAX_TENSORS)
@@ -340,6 +344,36 @@ class TuningReady:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """A client signs for what a server computed for it, and shows what it gave to others (``petals_core.receipts``)."""
+
+    receipt: bytes | None = ruled(schema.optional(schema.binary(1, MAX_RECEIPT_BYTES)), default=None)
+    """With the client's signature; the server is to add its own."""
+    endorsement: bytes | None = ruled(
+        schema.optional(schema.binary(_ENDORSEMENT_BYTES, _ENDORSEMENT_BYTES)), default=None
+    )
+    """By the server whose receipts ``given`` are, for this client."""
+    given: tuple[bytes, ...] = ruled(
+        schema.sequence(schema.binary(1, MAX_RECEIPT_BYTES), MAX_RECEIPTS_SHOWN), default=()
+    )
+    """Receipts with both signatures."""
+    observed: tuple[tuple[bytes, int], ...] = ruled(
+        schema.sequence(schema.pair(schema.binary(8, 8), schema.integer(0, 100)), MAX_RECEIPTS_SHOWN), default=()
+    )
+    """Of other servers, by the beginning of their id: percent of the announced speed that this client saw."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContributionNoted:
+    """A server's answer to ``Contribution``."""
+
+    weight: float = ruled(schema.number(0, 100))
+    """Of the client in the fair shares of the server; 1 is everybody's."""
+    receipt: bytes | None = ruled(schema.optional(schema.binary(1, MAX_RECEIPT_BYTES)), default=None)
+    """With both signatures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """The request failed; the stream stays usable unless it ends with this message."""
 
@@ -384,6 +418,8 @@ Body: TypeAlias = (
     | OpenTuning
     | UpdateTuning
     | TuningReady
+    | Contribution
+    | ContributionNoted
     | Failure
 )
 _KINDS: dict[str, type[Body]] = {
@@ -408,6 +444,8 @@ _KINDS: dict[str, type[Body]] = {
     "tune?": OpenTuning,
     "values?": UpdateTuning,
     "tuned": TuningReady,
+    "contribution?": Contribution,
+    "contribution": ContributionNoted,
     "failure": Failure,
 }
 _NAMES = {body: name for name, body in _KINDS.items()}

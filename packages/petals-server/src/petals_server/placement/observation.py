@@ -13,7 +13,7 @@ _PRIOR_VOTES: Final = 2
 _MAX_VOTES: Final = 64
 
 Votes: TypeAlias = Mapping[bytes, float]
-"""What somebody saw of servers: peer id digest to what was reached, as a part of what was announced."""
+"""What somebody saw of servers: beginning of a peer id's digest to what was reached over what was announced."""
 
 
 def trust(observed: Sequence[float]) -> float:
@@ -34,8 +34,9 @@ def collect_votes(announcements: Mapping[bytes, Announcement], own: Votes) -> di
     """
     by_beginning = {peer_id[:OBSERVED_ID_BYTES]: peer_id for peer_id in announcements}
     votes: dict[bytes, list[float]] = {}
-    for peer_id, share in own.items():
-        votes.setdefault(peer_id, []).append(share)
+    for beginning, share in own.items():
+        if beginning in by_beginning:
+            votes[by_beginning[beginning]] = [share]
     for observer, announcement in announcements.items():
         for beginning, percent in announcement.observed:
             observed = by_beginning.get(beginning)
