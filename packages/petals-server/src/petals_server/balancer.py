@@ -43,6 +43,10 @@ _PROPOSAL_SHARE: Final = 0.5
 class Host(Protocol):
     """What a balancer needs of its server."""
 
+    @property
+    def is_online(self) -> bool:
+        """Whether it takes work."""
+
     async def announce(self, *, timeout_s: float = ANNOUNCE_TIMEOUT_S) -> None:
         """Announce now, the balancer's ``intent`` too; raises ``PetalsError`` if nobody keeps it."""
 
@@ -207,6 +211,8 @@ class Balancer:
         while True:
             interval_s = check_interval_s(num_servers, base_s=self._timing.interval_s)
             await asyncio.sleep(interval_s * self._rng.uniform(0.5, 1.5))
+            if not self._host.is_online:  # it pauses
+                continue
             try:
                 num_servers = await self.check()
             except PetalsError as error:
