@@ -117,12 +117,15 @@ class Outcome:
 class Engine:
     """Runs work on the device, turn by turn. Belongs to the event loop that made it."""
 
-    def __init__(self, limits: ServerLimits) -> None:
+    def __init__(self, limits: ServerLimits, *, weight: Callable[[Hashable], float] = lambda peer_id: 1.0) -> None:
+        """``weight`` of a peer in the shares of the device; called in either thread."""
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()
         """Around everything that both threads touch: the scheduler, the pages, whether the engine is closed."""
-        self._scheduler = Scheduler(Shares(), Pace(decode_tokens_per_s=1.0, bulk_tokens_per_s=1.0, max_turn_tokens=512))
+        self._scheduler = Scheduler(
+            Shares(weight), Pace(decode_tokens_per_s=1.0, bulk_tokens_per_s=1.0, max_turn_tokens=512)
+        )
         self.pages: CachePages | None = None
         """The pages of sessions' caches, once there is a model. Numbers may be read at any time; changes go through
         sessions."""

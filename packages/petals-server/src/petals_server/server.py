@@ -195,7 +195,7 @@ class Server:
         self._desk = ContributionDesk(
             self._identity, self.ledger, ReceiptBook(config.receipts), prefers=config.prefer_contributors
         )
-        self._engine = Engine(config.limits)
+        self._engine = Engine(config.limits, weight=self._desk.weight)
         self._resources.push_async_callback(lambda: self._engine.close())  # the one of then: a move makes another
         self._throttle = None if config.max_upload_bytes_per_s is None else Throttle(config.max_upload_bytes_per_s)
         self._dialer = Dialer(
@@ -429,6 +429,7 @@ class Server:
         assert self._balancer is not None
         timing, before = self.config.placement or PlacementTiming(), self._span
         self._requests.state = "draining"
+        self._requests.training.sessions.close()
         self._is_moving = True
         await self.announce(timeout_s=timing.settle_s)
         await self._end_streams(timing.repair_drain_s if move.is_repair else timing.drain_s)
@@ -436,7 +437,7 @@ class Server:
         self._span = (move.start, move.end)
         while self._requests is None:
             await self._engine.close()
-            self._engine = Engine(self.config.limits)
+            self._engine = Engine(self.config.limits, weight=self._desk.weight)
             try:
                 await self._load(*self._span)
             except PetalsError as error:
@@ -464,7 +465,7 @@ class Server:
     def _hold(self) -> None:
         """Tell the balancer what is held."""
         assert self._balancer is not None
-        rate, length = self.model.threads.decode_tokens_per_s, self._span[1] - self._span[0]
+        rate, length = self._observe_speed().decode_tokens_per_s, self._span[1] - self._span[0]
         most = self.config.num_blocks or max(length, min(self._opened.num_blocks, self._opened.num_blocks_that_fit))
         self._balancer.hold(*self._span, rate, self._ability(most, rate * length))
 
