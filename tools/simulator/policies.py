@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -36,7 +36,7 @@ class Policy(Protocol):
         cost: MoveCost,
         stayed_s: float,
         num_moving: int,
-        servers: Sequence[Placed],
+        servers: Callable[[], Sequence[Placed]],
         rng: random.Random,
     ) -> Move | None: ...
 
@@ -67,7 +67,7 @@ class Product:
         cost: MoveCost,
         stayed_s: float,
         num_moving: int,
-        servers: Sequence[Placed],
+        servers: Callable[[], Sequence[Placed]],
         rng: random.Random,
     ) -> Move | None:
         if is_settled(view, self.rules):
@@ -80,7 +80,7 @@ class Product:
             stayed_s=stayed_s,
             num_moving=num_moving,
             rules=self.rules,
-            servers=servers,
+            servers=servers() if view.is_dark.any() else (),
         )
 
 
@@ -128,7 +128,7 @@ class Earlier:
         cost: MoveCost,
         stayed_s: float,
         num_moving: int,
-        servers: Sequence[Placed],
+        servers: Callable[[], Sequence[Placed]],
         rng: random.Random,
     ) -> Move | None:
         present = float(view.speeds.min())
@@ -143,7 +143,7 @@ class Earlier:
         if start == me.start:
             return None
         if self._ideal is None or self._now_s - self._ideal[0] > _REMEMBERED_S:
-            self._ideal = (self._now_s, _equilibrium(view.speeds, servers))
+            self._ideal = (self._now_s, _equilibrium(view.speeds, servers()))
         if self._ideal[1] < _THRESHOLD * present:
             return None
         return Move(start=start, end=start + length, is_repair=False, gain=0.0, min_witnesses=0)

@@ -339,7 +339,7 @@ class World:
             cost=self._cost(server),
             stayed_s=self.now_s - server.since_s,
             num_moving=len(self._moving | self._intents.keys()),
-            servers=self._others(server),
+            servers=lambda: self._others(server),
             rng=self._rng,
         )
         if move is None:
@@ -362,9 +362,7 @@ class World:
         self.after(SETTLE_S, lambda: self._settle(server, intent, move, seen_before))
 
     def _others(self, server: Server) -> list[Placed]:
-        """The steady servers, where a repair may need them all."""
-        if not isinstance(self.policy, Earlier) and not self.view.is_dark.any():
-            return []
+        """The steady servers."""
         placed = (other.placed for other in self.servers.values() if other is not server)
         return [each for each in placed if each is not None and each.is_steady]
 
