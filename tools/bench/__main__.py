@@ -40,7 +40,8 @@ from bench.plan import MODES, NETWORKS, QUICK_MODES, QUICK_NETWORKS, QUICK_SCENA
 from bench.suite import LAB_HOSTS, Suite
 
 FULL_MINUTES, QUICK_MINUTES = 28.0, 2.5
-FULL_ROUNDS, QUICK_ROUNDS = (3, 15), (2, 5)
+FULL_ROUNDS, QUICK_ROUNDS = (3, 15), (1, 4)
+FULL_TIMEOUT_S, QUICK_TIMEOUT_S = 180.0, 45.0
 _LAB_TRIED = "PETALS_BENCH_NO_LAB"
 
 
@@ -87,7 +88,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=[each.name for each in MODES], help="default: all")
     parser.add_argument("--minutes", type=float, help=f"without starts ({FULL_MINUTES:g}; quick: {QUICK_MINUTES:g})")
     parser.add_argument("--rounds", type=int, nargs=2, metavar=("LEAST", "MOST"), help="of each cell")
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds of a mode for one round (%(default)g)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        help=f"seconds of a mode for one round ({FULL_TIMEOUT_S:g}; quick: {QUICK_TIMEOUT_S:g})",
+    )
     parser.add_argument("--model", choices=["bench", "thin"], default="bench", help="default: %(default)s")
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks"), help="folder for results (default: %(default)s)"
@@ -155,7 +160,7 @@ def measure(plan: Plan, options: argparse.Namespace, console: Console) -> Run:
             Path(temporary),
             num_blocks=config.num_hidden_layers,
             weight_bytes=weight_bytes,
-            timeout_s=options.timeout,
+            timeout_s=options.timeout or (QUICK_TIMEOUT_S if options.quick else FULL_TIMEOUT_S),
             say=lambda text: console.print(f"  {time.time() - started_s:4.0f} s  {text}", style="dim", highlight=False),
         )
         figures = tuple(suite.run())

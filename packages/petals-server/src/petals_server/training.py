@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from petals_core.identity import PeerId
 from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span
-from petals_core.tensors.codec import Compression, Encoding, TensorSpec, encode
+from petals_core.tensors.codec import Encoding, TensorSpec, encode
 from petals_server.adapters import Part, adapted
 from petals_server.columns import Chunk, PositionRuns, expand_positions, split_rows
 from petals_server.deep_prompts import EncodedTensor
@@ -328,9 +328,6 @@ class BackwardWork(_TrainingWork):
 
 
 def encode_like(tensor: torch.Tensor, like: TensorSpec) -> EncodedStates:
-    """A tensor as the client sent its own: logical dtype, encoding and compression are the same."""
-    compression: Compression = "zstd" if like.compression == "zstd" else "none"
-    spec, buffers = encode(
-        tensor.to(getattr(torch, like.dtype)), encoding=Encoding(like.encoding), compression=compression
-    )
+    """A tensor as the client sent its own: logical dtype and encoding are the same."""
+    spec, buffers = encode(tensor.to(getattr(torch, like.dtype)), encoding=Encoding(like.encoding))
     return EncodedStates(spec=spec, buffers=buffers)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from petals_core.tensors.codec import Compression, Encoding, TensorSpec, decode, encode
+from petals_core.tensors.codec import Encoding, TensorSpec, decode, encode
 from petals_server.columns import PositionRuns, expand_positions
 
 _LIGHT_BYTES: Final = 256 * 1024
@@ -47,17 +47,16 @@ class PackedStates:
         return np.concatenate([expand_positions(runs) for runs in self.position_runs])
 
     def encode(self, output_TH: torch.Tensor) -> EncodedStates:
-        """An answer in the dtype, encoding and compression of the request."""
+        """An answer in the dtype and encoding of the request; the connection compresses it where that pays."""
         if output_TH.dtype != (dtype := getattr(torch, self.spec.dtype)):
             output_TH = output_TH.to(dtype)
-        compression: Compression = "zstd" if self.spec.compression == "zstd" else "none"
-        spec, buffers = encode(output_TH, encoding=Encoding(self.spec.encoding), compression=compression)
+        spec, buffers = encode(output_TH, encoding=Encoding(self.spec.encoding))
         return EncodedStates(spec=spec, buffers=buffers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedStates:
-    """Hidden states [T, H] as they go back: logical dtype, encoding and compression are those of the request."""
+    """Hidden states [T, H] as they go back: logical dtype and encoding are those of the request."""
 
     spec: TensorSpec
     buffers: Sequence[memoryview]
