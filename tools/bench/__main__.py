@@ -163,7 +163,13 @@ def measure(plan: Plan, options: argparse.Namespace, console: Console) -> Run:
             timeout_s=options.timeout or (QUICK_TIMEOUT_S if options.quick else FULL_TIMEOUT_S),
             say=lambda text: console.print(f"  {time.time() - started_s:4.0f} s  {text}", style="dim", highlight=False),
         )
-        figures = tuple(suite.run())
+        figures: list[Figure] = []
+        try:
+            figures.extend(suite.run())
+        except KeyboardInterrupt:
+            if not figures:
+                raise
+            suite.notes.append("interrupted: what was measured until then is here, and the rest is missing")
     facts = [
         f"`python3 tools/bench {shlex.join(sys.argv[1:])}`".replace(" `", "`"),
         f"{time.strftime('%Y-%m-%d', time.gmtime(started_s))}, {(time.time() - started_s) / 60:.0f} minutes, "
@@ -176,7 +182,7 @@ def measure(plan: Plan, options: argparse.Namespace, console: Console) -> Run:
     ]
     if missing := [network.title for network in plan.networks if network not in reachable]:
         facts.append(f"not measured, because there is no network lab: {'; '.join(missing)} ({os.environ[_LAB_TRIED]})")
-    return Run(plan=plan, facts=tuple(facts), figures=figures)
+    return Run(plan=plan, facts=tuple(facts), figures=tuple(figures))
 
 
 def section(run: Run, picture: str | None) -> str:

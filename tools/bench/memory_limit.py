@@ -40,7 +40,7 @@ def memory_limit() -> Iterator[MemoryLimit]:
     Raises:
         OSError: the system or the user's rights don't allow it.
     """
-    name = f"petals-bench-{os.getpid()}"
+    name = f"petals-bench-{os.urandom(6).hex()}"  # numbers of processes repeat in the lab
     if (_ROOT / "cgroup.controllers").exists():
         group = MemoryLimit(folder=_ROOT / name, limit_file="memory.max", statistics_name="anon")
     else:
