@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ MIN_ENGINE_SHARE = 0.8
 MIN_GAIN = {4: 1.6, 8: 2.3, 16: 3.4}
 MAX_LATENCY_RATIO = 1.05
 """Of a lone session's step against the baseline; what differs by less can't be told apart on a busy machine."""
+_GENERATE_TIMEOUT_S = 120.0
 GENERATE = """
 import json, sys, time, torch
 from transformers.generation.streamers import BaseStreamer
@@ -63,7 +67,7 @@ async def measure(
     with serving(folder, NUM_BLOCKS, *options) as server:
         figures += await _measure_sharing(folder, server, token, numbers, num_rounds, num_tokens)
         for count in processes:
-            rate = generate_together(folder, server.address, count, num_tokens)
+            rate = await asyncio.to_thread(generate_together, folder, server.address, count, num_tokens)
             figures.append(note(f"{count} processes calling generate", f"{rate:.1f} tokens/s together"))
     if baseline is not None:
         figures += await _measure_latency(folder, token, baseline, options, num_rounds, num_tokens)
@@ -145,25 +149,35 @@ async def _measure_latency(
 def generate_together(folder: Path, address: str, count: int, num_tokens: int) -> float:
     """Tokens per second of client processes that call ``generate`` at once, all of them together."""
     command = [sys.executable, "-c", GENERATE, str(folder), address, str(num_tokens)]
-    clients = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for _ in range(count)
-    ]
-    try:
-        for client in clients:
-            assert client.stdout is not None
-            if client.stdout.readline().strip() != "ready":
-                raise RuntimeError("a client process ended before it was ready")
-        for client in clients:
-            assert client.stdin is not None
-            client.stdin.write("\n")
-            client.stdin.flush()
-        times: list[list[float]] = [json.loads(client.communicate()[0]) for client in clients]
-    finally:
-        for client in clients:
-            client.kill()
-            client.wait()
+    with tempfile.TemporaryFile("w+") as errors:
+        clients = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+            for _ in range(count)
+        ]
+        try:
+            for client in clients:
+                _wait_until_ready(client)
+            for client in clients:
+                assert client.stdin is not None
+                client.stdin.write("\n")
+                client.stdin.flush()
+            printed = [client.communicate(timeout=_GENERATE_TIMEOUT_S)[0] for client in clients]
+        except (OSError, subprocess.TimeoutExpired) as error:
+            errors.seek(0)
+            raise RuntimeError(f"clients did not generate ({error}): {errors.read()[-1000:]}") from None
+        finally:
+            for client in clients:
+                client.kill()
+                client.wait()
+    times: list[list[float]] = [json.loads(lines) for lines in printed]
     # While all of them decode: from the last first token to the first last one.
     start_s, end_s = max(each[1] for each in times), min(each[-1] for each in times)
     tokens = sum(start_s < each <= end_s for client_times in times for each in client_times)
     return tokens / (end_s - start_s)
+
+
+def _wait_until_ready(client: subprocess.Popen[str]) -> None:
+    assert client.stdout is not None
+    ready, _, _ = select.select([client.stdout], [], [], _GENERATE_TIMEOUT_S)
+    if not ready or client.stdout.readline().strip() != "ready":
+        raise OSError("one was not ready in time")

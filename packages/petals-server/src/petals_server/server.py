@@ -16,7 +16,7 @@ from petals_core.addresses import Address
 from petals_core.announcement import Announcement
 from petals_core.errors import ConfigurationError, DrainingError, NotEnoughMemoryError, OverloadedError, PetalsError
 from petals_core.identity import Identity, PeerId
-from petals_core.limits import MAX_NAME_CHARS, MAX_OBSERVED
+from petals_core.limits import MAX_NAME_CHARS, MAX_OBSERVED, WireLimits
 from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 VERSION: Final = version("petals-server")
 DRAIN_TIMEOUT_S: Final = 10.0
 _LOADING_RETRY_S: Final = 5.0
+_PING_INTERVAL_S: Final = 5.0
+_SILENCE_S: Final = 15.0
+"""A client that is gone without a word holds its cache for no longer."""
 _PAUSE_GRACE_S: Final = 5.0
 _RELOAD_RETRY_S: Final = 30.0
 
@@ -322,6 +325,7 @@ class Server:
             handler=self._serve,
             swarm_key=config.swarm_key,
             sock=tcp,
+            limits=WireLimits(ping_interval_s=_PING_INTERVAL_S, idle_timeout_s=_SILENCE_S),
             compression=config.compression,
             throttle=self._throttle,
         )
