@@ -105,6 +105,7 @@ def test_expired_and_future_announcements_are_refused() -> None:
         SignedAnnouncement.decode(encoded, now_s=NOW_S + 60)
     with pytest.raises(InvalidAnnouncementError, match="future"):
         SignedAnnouncement.decode(encoded, now_s=NOW_S - MAX_CLOCK_SKEW_S - 1)
+    assert SignedAnnouncement.decode(encoded, now_s=None).announcement == EXAMPLE
 
 
 def test_a_signature_by_another_key_is_refused() -> None:

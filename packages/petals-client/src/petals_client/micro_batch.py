@@ -117,16 +117,6 @@ class Access:
                 return await send({})  # a kept graph knows what changed its blocks
             return await self.swarm.tuning.request(server, request.start, request.end, self.adaptation, send)
 
-    def praise(self, server: SignedAnnouncement, hop: Hop, *, num_tokens: int, took_s: float) -> None:
-        """Note that a forward was done, and whether it took much longer than the server announces."""
-        announcement = server.announcement
-        rate = announcement.forward_tokens_per_s
-        expected_s = None
-        if rate:
-            share = (hop.end - hop.start) / (announcement.end - announcement.start)
-            expected_s = (self.swarm.round_trip_s(hop.peer_id) or 0.0) + REQUESTS_PER_SERVER * num_tokens * share / rate
-        self.swarm.praise(hop.peer_id, took_s=took_s, expected_s=expected_s)
-
     async def find_server(self, hop: Hop) -> SignedAnnouncement:
         """The announcement of a server that was used before.
 
@@ -163,7 +153,9 @@ class _Attempts:
         clock = asyncio.get_running_loop().time
         while True:
             try:
-                return await self._swarm.plan(start, end, without=self._barred, adapter=self._adapter)
+                return await self._swarm.plan(
+                    start, end, without=self._barred, adapter=self._adapter, is_urgent=self._last is not None
+                )
             except MissingBlocksError as missing:
                 if self._last is None:
                     raise
@@ -301,7 +293,14 @@ class MicroBatch:
         reply, took_s = await self._access.call(server, request, [*payload, *prompt_payload], ForwardResult)
         assert isinstance(reply.body, ForwardResult)
         states = read_states(reply, reply.body.tensors, spec)
-        self._access.praise(server, hop, num_tokens=hidden.shape[0], took_s=took_s)
+        # Before it the server may compute another of our requests.
+        self._access.swarm.praise_work(
+            server,
+            hop,
+            num_tokens=REQUESTS_PER_SERVER * hidden.shape[0],
+            took_s=took_s,
+            spare_s=self._access.swarm.round_trip_s(hop.peer_id) or 0.0,
+        )
         (received,) = states.payload
         return decode(states.spec, memoryview(received)), reply.body.is_kept is True
 

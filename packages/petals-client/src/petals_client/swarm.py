@@ -27,6 +27,7 @@ from petals_core.routing.cost import estimate_cost
 from petals_core.routing.flow import Branch, split_flow
 from petals_core.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps
 from petals_core.routing.planner import plan_chain
+from petals_core.wire.frames import MAX_DECODE_TOKENS
 
 _logger = logging.getLogger(__name__)
 
@@ -90,21 +91,23 @@ class Swarm:
         previous: PeerId | None = None,
         following: PeerId | None = None,
         adapter: str | None = None,
+        is_urgent: bool = False,
     ) -> tuple[Chain, Servers]:
         """Choose a chain over blocks ``start:end`` for a session; also returns what all usable servers announced.
 
         Args:
-            without: servers that are not to be used; the plan is in a hurry then and measures nothing.
+            without: servers that are not to be used.
             cache_tokens: what the session will need of each server's attention cache.
             previous, following: the servers between which it is to stand; None: the client.
             adapter: only servers that have it are used.
+            is_urgent: what is known has to do, and nothing is measured.
 
         Raises:
             MissingBlocksError: some blocks are held by no live server.
             MissingAdapterError: some are held only by servers without the adapter.
             NoPeersError: no peer of the swarm answers.
         """
-        usable = await self._usable(start, end, without, adapter)
+        usable = await self._usable(start, end, without, adapter, is_urgent=is_urgent)
         costs = self._weigh(usable, cache_tokens=cache_tokens)
         ends = {
             name: await self._weigh_one(peer_id) for name, peer_id in (("previous", previous), ("following", following))
@@ -155,7 +158,9 @@ class Swarm:
             chain, costs, facts, spans, model_name=self.model_name, start=start, end=end, cache_tokens=cache_tokens
         )
 
-    async def _usable(self, start: int, end: int, without: Collection[PeerId], adapter: str | None = None) -> Servers:
+    async def _usable(
+        self, start: int, end: int, without: Collection[PeerId], adapter: str | None = None, *, is_urgent: bool = False
+    ) -> Servers:
         """Servers that may be used, measured as far as there is time."""
         usable = self._allowed(await self.directory.servers(), without, adapter)
         if find_gaps(((each.announcement.start, each.announcement.end) for each in usable.values()), start, end):
@@ -259,6 +264,22 @@ class Swarm:
         """Note a success; with both times, of the same request, also whether it was a slow one."""
         now_s = asyncio.get_running_loop().time()
         self.health.record_success(peer_id, now_s=now_s, took_s=took_s, expected_s=expected_s)
+
+    def praise_work(
+        self, signed: SignedAnnouncement, hop: Hop, *, num_tokens: int, took_s: float, spare_s: float = 0.0
+    ) -> None:
+        """Note that a server has computed tokens, and whether that took much longer than it announces.
+
+        ``took_s`` may hold ``spare_s`` of other things.
+        """
+        announcement = signed.announcement
+        is_single = num_tokens <= MAX_DECODE_TOKENS
+        rate = announcement.inference_tokens_per_s if is_single else announcement.forward_tokens_per_s
+        if not rate:
+            self.praise(hop.peer_id)
+            return
+        share = (hop.end - hop.start) / (announcement.end - announcement.start)
+        self.praise(hop.peer_id, took_s=took_s, expected_s=spare_s + num_tokens * share / rate)
 
     def _warn_of_dtypes(self, chain: Iterable[SignedAnnouncement]) -> None:
         for signed in chain:

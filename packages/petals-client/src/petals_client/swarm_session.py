@@ -124,9 +124,16 @@ class SwarmSession:
                 hops=tuple(self._trips),
             )
         )
-        for hop in self.hops:
-            self.swarm.praise(hop.hop.peer_id)
+        self._praise(parts[-1][1].spec.shape[0])
         return flight.results
+
+    def _praise(self, num_tokens: int) -> None:
+        """Note that all servers have done a step, the last part of which had ``num_tokens``."""
+        trips = {trace.peer_id: trace for trace in self._trips[-len(self.hops) :]}
+        for hop in self.hops:
+            trace = trips.get(hop.hop.peer_id)
+            took_s = 0.0 if trace is None else trace.queue_s + trace.compute_s
+            self.swarm.praise_work(hop.server, hop.hop, num_tokens=num_tokens, took_s=took_s)
 
     def close(self) -> None:
         """Free the caches on all servers; never blocks, idempotent."""

@@ -129,8 +129,10 @@ class SignedAnnouncement:
         return cls(announcement, identity.public_key, encoded)
 
     @classmethod
-    def decode(cls, encoded: bytes, *, now_s: float) -> Self:
-        """Read and verify an announcement from an untrusted peer. ``now_s`` is Unix time.
+    def decode(cls, encoded: bytes, *, now_s: float | None) -> Self:
+        """Read and verify an announcement from an untrusted peer.
+
+        ``now_s`` is Unix time; None: it may be of any time, as where only the way to the server matters.
 
         Raises:
             InvalidAnnouncementError: it is malformed, oversized, forged, expired, or from the future.
@@ -146,9 +148,9 @@ class SignedAnnouncement:
             announcement = schema.from_map(Announcement, schema.unpack(content))
         except schema.SchemaError as error:
             raise InvalidAnnouncementError(f"malformed announcement: {error}") from None
-        if announcement.expires_at_s <= now_s:
+        if now_s is not None and announcement.expires_at_s <= now_s:
             raise InvalidAnnouncementError("the announcement has expired")
-        if announcement.issued_at_s > now_s + MAX_CLOCK_SKEW_S:
+        if now_s is not None and announcement.issued_at_s > now_s + MAX_CLOCK_SKEW_S:
             raise InvalidAnnouncementError("the announcement is from the future: a clock is wrong")
         if not verify(public_key, signature, _SIGNATURE_CONTEXT + content):
             raise InvalidAnnouncementError("the announcement's signature is not by its key")

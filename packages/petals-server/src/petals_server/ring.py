@@ -411,7 +411,8 @@ class RingTable:
         Raises:
             InvalidAnnouncementError, WrongModelError: it is none of this model, or only for another machine.
         """
-        server = SignedAnnouncement.decode(encoded, now_s=time.time())
+        # Of any time: a session outlives announcements, and the connection proves who answers.
+        server = SignedAnnouncement.decode(encoded, now_s=None)
         if server.announcement.fingerprint != self._fingerprint:
             raise WrongModelError("the next server holds another checkpoint")
         if not self._is_local and any(address.is_loopback for address in server.announcement.addresses):

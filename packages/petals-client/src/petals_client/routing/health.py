@@ -30,14 +30,16 @@ class Record:
     reason: str
     num_failures: int
     """One behind another; slow answers and full caches are none."""
+    num_slow: int = 0
+    """Slow answers one behind another."""
 
 
 class HealthLedger:
     """Penalties of servers in seconds of cost. ``now_s`` is a monotonic time.
 
     A failure, a time-out included, counts at once; each further one without a success between doubles what there is,
-    up to ten minutes; all of it halves every minute. A success clears it. An answer that came, but much later than
-    expected, counts as many seconds as it was late, until one comes in time.
+    up to ten minutes; all of it halves every minute. A success clears it. Answers that come much later than expected
+    count, from the second one behind another on, as many seconds as they were late, until one comes in time.
     """
 
     def __init__(self) -> None:
@@ -65,13 +67,14 @@ class HealthLedger:
 
         With ``took_s`` and ``expected_s``, both of the same request, an answer that was slow is noted as such.
         """
-        self._records.pop(peer_id, None)
+        before = self._records.pop(peer_id, None)
         if took_s is None or expected_s is None:
             return
         late_s = took_s - expected_s
         if late_s > SLOW_S and took_s > SLOW_FACTOR * expected_s:
+            num_slow = 1 if before is None else before.num_slow + 1
             text = f"an answer took {took_s:.2g} s instead of {expected_s:.2g} s"
-            self._note(peer_id, min(late_s, PENALTY_S), 0, text, now_s)
+            self._note(peer_id, min(late_s, PENALTY_S) if num_slow > 1 else 0.0, 0, text, now_s, num_slow=num_slow)
 
     def penalty_s(self, peer_id: PeerId, *, now_s: float) -> float:
         """Return the cost to add to a visit of this server."""
@@ -90,10 +93,16 @@ class HealthLedger:
         """What was noted last."""
         return self._records.get(peer_id)
 
-    def _note(self, peer_id: PeerId, penalty_s: float, num_failures: int, reason: str, now_s: float) -> None:
+    def _note(
+        self, peer_id: PeerId, penalty_s: float, num_failures: int, reason: str, now_s: float, *, num_slow: int = 0
+    ) -> None:
         if len(self._records) >= _MAX_PEERS and peer_id not in self._records:
             oldest = min(self._records, key=lambda peer: self._records[peer].at_s)
             del self._records[oldest]
         self._records[peer_id] = Record(
-            penalty_s=min(penalty_s, MAX_PENALTY_S), at_s=now_s, reason=reason, num_failures=num_failures
+            penalty_s=min(penalty_s, MAX_PENALTY_S),
+            at_s=now_s,
+            reason=reason,
+            num_failures=num_failures,
+            num_slow=num_slow,
         )
