@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -185,6 +186,7 @@ def _live(birth: Birth, folder: Path) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         from petals_core.net.loop import new_event_loop
 
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(birth, folder))
         code = 0
