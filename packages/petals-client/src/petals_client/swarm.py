@@ -31,6 +31,9 @@ from petals_core.wire.frames import MAX_DECODE_TOKENS
 
 _logger = logging.getLogger(__name__)
 
+_URGENT_S = 1.0
+"""How long an urgent plan waits for the directory, where no known server holds some blocks."""
+
 Servers: TypeAlias = dict[PeerId, SignedAnnouncement]
 
 
@@ -165,8 +168,9 @@ class Swarm:
         usable = self._allowed(await self.directory.servers(), without, adapter)
         if find_gaps(((each.announcement.start, each.announcement.end) for each in usable.values()), start, end):
             # A server may have come a moment ago.
-            with contextlib.suppress(NoPeersError):
-                await self.directory.refresh()
+            with contextlib.suppress(NoPeersError, TimeoutError):
+                async with asyncio.timeout(_URGENT_S if is_urgent else None):
+                    await self.directory.refresh()
             usable = self._allowed(await self.directory.servers(), without, adapter)
         if not without:
             await self.measurements.refresh(usable, start=start, end=end)

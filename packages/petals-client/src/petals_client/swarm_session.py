@@ -81,7 +81,10 @@ class SwarmSession:
         Raises:
             PetalsError: no chain could be opened.
         """
-        self.hops = await self.opener.open(self.start, self.end, failed=set())
+        deadline_s = asyncio.get_running_loop().time() + self.swarm.options.open_timeout_s
+        self.hops = await self.opener.wait_and_open(
+            self.start, self.end, failed=set(), deadline_s=deadline_s, is_urgent=False
+        )
         try:
             for hop in self.hops:
                 self.watch(hop)

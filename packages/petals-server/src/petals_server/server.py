@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 VERSION: Final = version("petals-server")
 DRAIN_TIMEOUT_S: Final = 10.0
-_LOADING_RETRY_S: Final = 5.0
+_LOADING_RETRY_S: Final = 1.0
 _PING_INTERVAL_S: Final = 5.0
 _SILENCE_S: Final = 15.0
 """A client that is gone without a word holds its cache for no longer."""
