@@ -58,11 +58,12 @@ class ChainOpener:
         failed: set[PeerId],
         previous: PeerId | None = None,
         following: PeerId | None = None,
+        is_urgent: bool = False,
     ) -> list[HopSession]:
         """Plan a chain over blocks ``start:end`` and open the session on each of its servers.
 
-        On failure nothing is left open. Servers that fail are added to ``failed`` and not asked again. ``previous`` and
-        ``following`` are the servers between which the chain is to stand; None: the client.
+        On failure nothing is left open. Servers that fail are added to ``failed`` and not asked again. For
+        ``previous``, ``following`` and ``is_urgent`` see ``Swarm.plan``.
 
         Raises:
             PetalsError: no chain could be opened.
@@ -71,6 +72,9 @@ class ChainOpener:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + options.open_timeout_s
         failure: PetalsError | None = None
+        full: set[PeerId] = set()
+        """Servers that have no room for the moment: asked again where there is nobody else."""
+        wait_s = 0.0
         attempt = 0
         while True:
             attempt += 1
@@ -78,16 +82,22 @@ class ChainOpener:
                 chain, servers = await self._swarm.plan(
                     start,
                     end,
-                    without=failed,
+                    without=failed | full,
                     cache_tokens=self._num_rows * self._max_length,
                     previous=previous,
                     following=following,
                     adapter=None if self._adaptation is None else self._adaptation.adapter,
+                    is_urgent=is_urgent or attempt > 1,
                 )
             except MissingBlocksError:
                 if failure is None:
                     raise
-                raise failure from None
+                if not full or loop.time() + wait_s >= deadline_s:
+                    raise failure from None
+                await asyncio.sleep(wait_s)
+                full.clear()
+                wait_s = 0.0
+                continue
 
             timeout_s = max(0.1, deadline_s - loop.time())
             results = await _gather_all(
@@ -98,7 +108,6 @@ class ChainOpener:
                 return opened
             for session in opened:
                 session.close()
-            wait_s = 0.0
             for hop, result in zip(chain, results, strict=True):
                 if not isinstance(result, PetalsError):
                     continue
@@ -110,12 +119,11 @@ class ChainOpener:
                 if result.disposition is Disposition.GO_ELSEWHERE:
                     failed.add(hop.peer_id)
                 else:
-                    # Full: the penalty sends the next plan elsewhere if there is an elsewhere.
+                    full.add(hop.peer_id)
                     wait_s = max(wait_s, min(result.retry_after_s or 0.5, MAX_WAIT_S))
             assert failure is not None
-            if loop.time() + wait_s >= deadline_s or (not wait_s and attempt >= options.max_attempts):
+            if loop.time() >= deadline_s or (not full and attempt >= options.max_attempts):
                 raise failure
-            await asyncio.sleep(wait_s)
 
     async def wait_and_open(
         self,
@@ -124,12 +132,14 @@ class ChainOpener:
         *,
         failed: set[PeerId],
         deadline_s: float,
-        previous: PeerId | None,
-        following: PeerId | None,
+        previous: PeerId | None = None,
+        following: PeerId | None = None,
+        is_urgent: bool = True,
     ) -> list[HopSession]:
-        """As ``open``, but wait for servers while nobody holds some blocks, and say so.
+        """As ``open``, but wait for servers while none that holds some blocks works, and say so.
 
-        Servers that have failed are asked again when there is nobody else. ``deadline_s`` is on the loop's clock.
+        Servers that have failed are asked again when there is nobody else. ``deadline_s`` is on the loop's clock. What
+        is not urgent fails at once where nobody is known to hold some blocks.
 
         Raises:
             PetalsError: no chain could be opened up to the deadline.
@@ -140,12 +150,13 @@ class ChainOpener:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                return await self.open(start, end, failed=failed, previous=previous, following=following)
+                return await self.open(
+                    start, end, failed=failed, previous=previous, following=following, is_urgent=is_urgent
+                )
             except PetalsError as error:
-                is_missing = isinstance(error, MissingBlocksError)
-                if loop.time() + pause_s >= deadline_s or not (
-                    is_missing or error.disposition is not Disposition.GIVE_UP
-                ):
+                may_come = is_urgent and isinstance(error, MissingBlocksError)
+                is_final = error.disposition is Disposition.GIVE_UP and not may_come
+                if is_final or loop.time() + pause_s >= deadline_s:
                     raise
                 if loop.time() - told_s >= _TELL_S:
                     told_s = loop.time()

@@ -148,16 +148,16 @@ class Recovery:
                     self._blame(hop, hop.error)
                     hop.close()
             excluded = self._excluded() | {hop.hop.peer_id for hop in leaving if hop.connection.is_draining}
-            place = {
-                "previous": session.hops[first - 1].hop.peer_id if first else None,
-                "following": session.hops[last + 1].hop.peer_id if last + 1 < len(session.hops) else None,
-            }
+            previous = session.hops[first - 1].hop.peer_id if first else None
+            following = session.hops[last + 1].hop.peer_id if last + 1 < len(session.hops) else None
             try:
                 if leaving[0].error is None:
-                    opened = await session.opener.open(start, end, failed=excluded, **place)
+                    opened = await session.opener.open(
+                        start, end, failed=excluded, previous=previous, following=following
+                    )
                 else:
                     opened = await session.opener.wait_and_open(
-                        start, end, failed=excluded, deadline_s=deadline_s, **place
+                        start, end, failed=excluded, deadline_s=deadline_s, previous=previous, following=following
                     )
             except PetalsError as error:
                 if leaving[0].error is None:  # it still serves
