@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from petals_client import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification, ClientOptions
 from petals_core.errors import ConfigurationError, InvalidRequestError, OverloadedError
+from petals_core.testing.factories import make_checkpoint
 from petals_server.config import ServerLimits
 from petals_server.testing import InProcessSwarm, until
 
@@ -62,7 +63,7 @@ def fill(module: torch.nn.Module, seed: int = 0) -> None:
     """Values by which outputs change, the same for matrices of the same layer."""
     generator = torch.Generator().manual_seed(seed)
     for _, weight in sorted((name, weight) for name, weight in module.named_parameters() if "lora_" in name):
-        weight.data = torch.randn(weight.shape, generator=generator) * 0.2 / weight.shape[1] ** 0.5
+        weight.data = torch.randn(weight.shape, generator=generator).to(weight) * 0.2 / weight.shape[1] ** 0.5
 
 
 def local_twin(folder: Path, family: str, model: Any, auto: Any = AutoModelForCausalLM) -> tuple[Any, dict[str, Any]]:
@@ -208,6 +209,31 @@ def test_lossy_gradients_only_where_asked(
         assert weight.grad is not None
         error = float((weight.grad - matrices[name].grad).norm())
         assert 0 < error < 0.1 * float(matrices[name].grad.norm())
+
+
+def test_gradcheck(new_swarm: Any, tmp_path: Path) -> None:
+    # Of a family that computes in no other dtype on its way, as llama's norms do.
+    folder = make_checkpoint(tmp_path / "tiny", "gpt2", num_blocks=2, hidden_size=8, dtype=torch.float64)
+    swarm = new_swarm()
+    swarm.add(folder, 0, 1)
+    swarm.add(folder, 1, 2)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        folder, initial_peers=swarm.initial_peers, tuning_mode="lora", lora_rank=1, target_modules="c_attn"
+    )
+    try:
+        blocks = model.remote_blocks
+        hidden = torch.randn(1, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        fill(model.tuned_adapter)
+        names, weights = zip(*blocks.named_parameters(), strict=True)
+
+        def run(*values: Tensor) -> Tensor:
+            output: Tensor = torch.func.functional_call(blocks, dict(zip(names, values, strict=True)), (hidden,))
+            return output
+
+        assert {weight.dtype for weight in weights} == {torch.float64}
+        assert torch.autograd.gradcheck(run, weights)
+    finally:
+        model.close()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ Speculation = Annotated[str, typer.Option(help="Where drafts come from: auto, lo
 DraftModel = Annotated[
     str | None, typer.Option(help="A small model with the same tokenizer that drafts here.", show_default=False)
 ]
+ActiveAdapter = Annotated[
+    str | None, typer.Option(help="A LoRA adapter that servers have loaded, by its name.", show_default=False)
+]
 Compression = Annotated[str, typer.Option(help="Of what is sent: auto (where it arrives earlier), none or zstd.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what happens, and tracebacks.")]
 
@@ -69,6 +72,7 @@ def generate(
     seed: Seed = None,
     speculation: Speculation = "auto",
     draft_model: DraftModel = None,
+    active_adapter: ActiveAdapter = None,
     compression: Compression = "auto",
     torch_dtype: TorchDtype = "auto",
     revision: Revision = None,
@@ -80,7 +84,7 @@ def generate(
 ) -> None:
     """Continue a text and print it as it comes."""
     options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression)
-    client = _connect(model, options, torch_dtype, revision, verbose)
+    client = _connect(model, options, torch_dtype, revision, verbose, active_adapter)
     with client:
         from petals_client.client import generation_settings, seeded
         from petals_client.text import PieceStreamer
@@ -108,6 +112,7 @@ def chat(
     max_length: Annotated[int, typer.Option(help="Tokens that the conversation may have.")] = 4096,
     speculation: Speculation = "auto",
     draft_model: DraftModel = None,
+    active_adapter: ActiveAdapter = None,
     compression: Compression = "auto",
     torch_dtype: TorchDtype = "auto",
     revision: Revision = None,
@@ -122,7 +127,7 @@ def chat(
     settings = generation_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     settings |= {"speculation": speculation, "draft_model": draft_model}
     options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression)
-    client = _connect(model, options, torch_dtype, revision, verbose)
+    client = _connect(model, options, torch_dtype, revision, verbose, active_adapter)
     console = stderr_console()
     with client:
         from petals_client.client import seeded
@@ -217,7 +222,14 @@ def _options(
     )
 
 
-def _connect(model: str, options: ClientOptions, torch_dtype: str, revision: str | None, verbose: bool) -> Client:
+def _connect(
+    model: str,
+    options: ClientOptions,
+    torch_dtype: str,
+    revision: str | None,
+    verbose: bool,
+    active_adapter: str | None,
+) -> Client:
     if torch_dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise ConfigurationError(f"--torch-dtype {torch_dtype}: choose auto, float32, float16 or bfloat16")
     _set_up_logging(verbose)
@@ -229,6 +241,7 @@ def _connect(model: str, options: ClientOptions, torch_dtype: str, revision: str
         dtype=None if torch_dtype == "auto" else torch_dtype,
         revision=revision,
         options=options,
+        active_adapter=active_adapter,
     )
 
 
