@@ -42,7 +42,7 @@ def assert_learns_the_same(names: dict[str, Any]) -> None:
 
 
 def test_sentiment(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    assert_learns_the_same(run("sentiment", 16))
+    assert_learns_the_same(run("sentiment", 12))
     assert (tmp_path / "sentiment" / "model.safetensors").exists()
 
 
@@ -51,7 +51,7 @@ def test_persona_chat(run: Callable[..., dict[str, Any]]) -> None:
 
 
 def test_lora(run: Callable[..., dict[str, Any]]) -> None:
-    names = run("lora", 8)
+    names = run("lora", 6)
     assert_learns_the_same(names)
     assert names["served"] == names["result"]
 
