@@ -77,7 +77,7 @@ class Step:
     counts: tuple[int, int]
     keep: float
     """Of its columns."""
-    swaps: bool
+    order: tuple[int, int] | None
     cancels: bool
     closes: bool
 
@@ -87,7 +87,7 @@ STEPS = st.builds(
     client=st.integers(0, 3),
     counts=st.sampled_from([(1, 1), (1, 1), (1, 1), (3, 3), (17, 40), (0, 2), (5, 0), (30, 30)]),
     keep=st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5, 0.0]),
-    swaps=st.sampled_from([False, False, False, True]),
+    order=st.sampled_from([None, None, (1, 0), (0, 0)]),
     cancels=st.sampled_from([False] * 9 + [True]),
     closes=st.sampled_from([False] * 9 + [True]),
 )
@@ -135,10 +135,9 @@ class Server:
         lengths = ledger.count_within(keep)
         if keep + max(step.counts) > 150:
             return
-        order = (1, 0) if step.swaps else None
         rows = [row[:length] for row, length in zip(client.rows, lengths, strict=True)]
-        if order is not None:
-            rows = rows[::-1]
+        if step.order is not None:
+            rows = [rows[row] for row in step.order]
         client.sent = [torch.randn(count, HIDDEN_SIZE, generator=self.generator) for count in step.counts]
         client.rows = [torch.cat([row, new]) for row, new in zip(rows, client.sent, strict=True)]
         spec, buffers = encode(torch.cat(client.sent))
@@ -147,7 +146,7 @@ class Server:
             self.runner,
             PackedStates(spec=spec, payload=memoryview(b"".join(buffers)), row_tokens=step.counts, position_runs=None),
             keep=keep,
-            row_order=order,
+            row_order=step.order,
             deadline_s=1e9,
             max_turn_tokens=16,
         )
@@ -221,13 +220,13 @@ def test_what_a_session_leaves_in_its_pages_reaches_nobody(family: str) -> None:
         for tensor in (*server.runner.cache.keys_SGD, *server.runner.cache.values_SGD):
             tensor[4:] = torch.inf
     for number, counts in enumerate([(17, 40), (1, 1), (30, 30), (0, 2)] * 2):
-        step = Step(client=number, counts=counts, keep=1.0, swaps=False, cancels=False, closes=False)
+        step = Step(client=number, counts=counts, keep=1.0, order=None, cancels=False, closes=False)
         server.send(step)
     while server.turn():
         pass
     assert server.num_checked == 14
     for number in range(8):
-        server.send(Step(client=number, counts=(1, 1), keep=0.5, swaps=True, cancels=False, closes=False))
+        server.send(Step(client=number, counts=(1, 1), keep=0.5, order=(1, 1), cancels=False, closes=False))
     while server.turn():
         pass
     assert server.num_checked == 30
