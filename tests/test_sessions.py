@@ -225,7 +225,9 @@ def test_a_server_that_falls_silent(new_swarm: Any, checkpoints: Any, tmp_path: 
     silent = ServerProcess(folder, (2, 6), swarm.initial_peers, tmp_path)
     try:
         swarm.add(folder, 0, 2)
-        options = ClientOptions.make(initial_peers=swarm.initial_peers, step_timeout_s=1.0, recovery_timeout_s=1.0)
+        options = ClientOptions.make(
+            initial_peers=swarm.initial_peers, connect_timeout_s=1.0, step_timeout_s=1.0, recovery_timeout_s=1.0
+        )
         with distributed(folder, swarm, options=options) as model:
             expected = model.generate(prompt(0), max_new_tokens=3, **GREEDY)
             with model.inference_session(max_length=30) as session:

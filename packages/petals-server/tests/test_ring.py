@@ -217,6 +217,16 @@ def test_a_next_server_that_can_not_be_reached(checkpoint: Path) -> None:
     run_clean(run())
 
 
+def test_a_public_server_connects_to_no_private_network_for_a_stranger(checkpoint: Path) -> None:
+    async def run() -> None:
+        async with chain(checkpoint) as (to_first, to_second, _, _):
+            to_first.server._handler.ring._is_local = False  # as where its own address is a public one
+            with pytest.raises(NextHopError, match="private network"):
+                await ask(to_first, route(0, next=announcement(to_second.server), next_session=IDS[1]), Routed)
+
+    run_clean(run())
+
+
 def test_steps_of_an_earlier_attempt_are_dropped(checkpoint: Path) -> None:
     async def run() -> None:
         async with chain(checkpoint) as (to_first, to_second, first, second):

@@ -345,7 +345,10 @@ class RingTable:
     """The open sessions of a server by their ids, and the memory that their kept outputs take."""
 
     def __init__(self, dialer: Dialer, *, fingerprint: str, limits: ServerLimits, is_local: bool) -> None:
-        """``is_local``: whether the next server may be one that only this machine can reach."""
+        """``is_local``: whether the next server may be one of a private network, or of this machine.
+
+        A server that all the world can reach does not connect to such addresses for a stranger.
+        """
         self.dialer = dialer
         self.max_kept_bytes = limits.max_kept_bytes
         self.route_timeout_s = limits.route_timeout_s
@@ -415,8 +418,9 @@ class RingTable:
         server = SignedAnnouncement.decode(encoded, now_s=None)
         if server.announcement.fingerprint != self._fingerprint:
             raise WrongModelError("the next server holds another checkpoint")
-        if not self._is_local and any(address.is_loopback for address in server.announcement.addresses):
-            raise NextHopError("the next server can be reached from its own machine alone")
+        ips = [address.ip for address in server.announcement.addresses]
+        if not self._is_local and any(ip is not None and not ip.is_global for ip in ips):
+            raise NextHopError("the next server is in a private network")
         return server
 
 

@@ -269,7 +269,7 @@ class Server:
                 self._dialer,
                 fingerprint=model.fingerprint,
                 limits=config.limits,
-                is_local=self.address.is_loopback,
+                is_local=self.address.ip is None or not self.address.ip.is_global,
             ),
             limits=config.limits,
             facts=ServerFacts(version=VERSION, public_name=config.public_name),
