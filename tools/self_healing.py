@@ -63,6 +63,7 @@ class Generation:
                 str(self._model), initial_peers=[self._peer], torch_dtype=torch.float32
             )
             tokens = torch.tensor([[1, 5, 9, 3]])
+            model.generation_config.eos_token_id = None
             with torch.inference_mode(), model.inference_session(max_length=len(tokens[0]) + self._num_tokens):
                 for _ in range(self._num_tokens):
                     new = model.generate(tokens if tokens.shape[1] == 4 else None, max_new_tokens=1, do_sample=False)
@@ -146,10 +147,9 @@ def main() -> None:
         from transformers import AutoModelForCausalLM
 
         local: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+        local.generation_config.eos_token_id = None
         with torch.inference_mode():
-            expected = local.generate(
-                generation.text[:, :4], max_new_tokens=options.tokens, min_new_tokens=options.tokens, do_sample=False
-            )
+            expected = local.generate(generation.text[:, :4], max_new_tokens=options.tokens, do_sample=False)
         is_same = torch.equal(expected[:, : generation.text.shape[1]], generation.text)
         print("tokens equal to the local model's" if is_same else "TOKENS DIFFER from the local model's")
         if not is_same:
