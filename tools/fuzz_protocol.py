@@ -36,7 +36,7 @@ from petals_core.errors import (
     PetalsError,
     ProtocolError,
 )
-from petals_core.identity import Identity, verify
+from petals_core.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Identity, verify
 from petals_core.limits import WireLimits
 from petals_core.swarm_key import SwarmKey
 from petals_core.testing.mutations import mutated_bytes, mutated_value
@@ -48,6 +48,8 @@ from petals_core.wire.messages import (
     Backward,
     BackwardResult,
     Body,
+    Contribution,
+    ContributionNoted,
     Failure,
     Forward,
     ForwardResult,
@@ -175,6 +177,13 @@ BODIES: tuple[Body, ...] = (
     ),
     UpdateTuning(values_id=bytes(16), tensors=TENSORS, deadline_ms=1000),
     TuningReady(values_id=bytes(16)),
+    Contribution(
+        receipt=bytes(100),
+        endorsement=bytes(PUBLIC_KEY_BYTES + SIGNATURE_BYTES),
+        given=(bytes(100), bytes(120)),
+        observed=((bytes(8), 90),),
+    ),
+    ContributionNoted(weight=2.0, receipt=bytes(100)),
     Failure(code="overloaded", message="no room", retry_after_s=1.5, attempt=2),
 )
 """One of each kind."""
