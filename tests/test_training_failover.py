@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,37 @@ def test_a_server_fails_in_the_forward(
     swarm.remove(first)
     loss = (run(blocks, hidden, prompts) * weight).sum()
     assert_same(torch.autograd.grad(loss, [hidden, prompts]), local_gradients(span, hidden, prompts, weight))
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_a_server_that_hangs_is_replaced(
+    new_swarm: Any, folder: Path, span: Span, connect: Callable[..., RemoteSequential], moment: str
+) -> None:
+    swarm = new_swarm()
+    hanging = swarm.add(folder, 0, 6)
+    blocks = connect(swarm, step_timeout_s=1.0)
+    hidden, prompts, weight = inputs()
+    entered, release = threading.Event(), threading.Event()
+
+    def hang() -> Any:
+        holding = swarm.start(hanging._engine.call(lambda: (entered.set(), release.wait())))
+        entered.wait()
+        swarm.add(folder, 0, 6)
+        blocks.chain.run(lambda known: known.directory.refresh())  # type: ignore[attr-defined]
+        return holding
+
+    holding = None
+    try:
+        run(blocks, hidden, prompts)
+        if moment == "forward":
+            holding = hang()
+        loss = (run(blocks, hidden, prompts) * weight).sum()
+        holding = holding or hang()
+        assert_same(torch.autograd.grad(loss, [hidden, prompts]), local_gradients(span, hidden, prompts, weight))
+    finally:
+        release.set()
+        if holding is not None:
+            holding.result()
 
 
 def test_nobody_is_left(new_swarm: Any, folder: Path, connect: Callable[..., RemoteSequential]) -> None:
