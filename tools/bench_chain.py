@@ -163,6 +163,9 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
         change_network(delay=f"{500 * ONE_WAY_S:g}ms", rate="unlimited")
         model = load(folder, swarm.address, None)
         decoding = measure_decoding(model, options.steps)
+        console.print(
+            f"  {1e3 * decoding.step_s:.1f} ms a step, {1e3 * decoding.compute_s:.1f} ms of computing", style="dim"
+        )
         hidden_size = model.config.hidden_size
         model.close()
         figures = []
@@ -171,6 +174,8 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
             change_network(delay=f"{500 * PREFILL_ONE_WAY_S:g}ms", rate=f"{rate_mbit}mbit")
             pipelined, whole = load(folder, swarm.address, None), load(folder, swarm.address, PREFILL_TOKENS)
             figures.append(measure_prefill(pipelined, whole, rate_mbit, hidden_size, options.runs))
+            last = figures[-1]
+            console.print(f"  {last.whole_s:.2f} s in one piece, {last.parts_s:.2f} s in parts", style="dim")
             pipelined.close()
             whole.close()
     return decoding, figures
