@@ -21,12 +21,20 @@ class Figure:
 
 def at_least(name: str, value: float, target: float, unit: str = "") -> Figure:
     """A figure that has to reach a target."""
-    return Figure(name=name, measured=f"{value:.2f}{unit}", target=f"at least {target:g}{unit}", is_met=value >= target)
+    return Figure(
+        name=name, measured=f"{_number(value)}{unit}", target=f"at least {target:g}{unit}", is_met=value >= target
+    )
 
 
 def at_most(name: str, value: float, target: float, unit: str = "") -> Figure:
     """A figure that may not go beyond a target."""
-    return Figure(name=name, measured=f"{value:.2f}{unit}", target=f"at most {target:g}{unit}", is_met=value <= target)
+    return Figure(
+        name=name, measured=f"{_number(value)}{unit}", target=f"at most {target:g}{unit}", is_met=value <= target
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if 0 < value < 0.01 else f"{value:.0f}" if value == int(value) else f"{value:.2f}"
 
 
 def note(name: str, measured: str) -> Figure:
