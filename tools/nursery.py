@@ -1,9 +1,9 @@
 """Server processes that start at once, because everything that takes long to import is there already.
 
-A nursery is a process that imports torch, Transformers and the server, starts nothing, and then forks a child for each
-server that it is asked for. The children are servers as ``petals-server serve`` runs them, through the public class,
-each a process of its own with its own key, port, event loop and threads; what they save is 2 to 4 s of importing on
-every start. POSIX only.
+A nursery is a process that imports torch, Transformers and the server, loads a span once and forgets it, and then forks
+a child for each server that it is asked for. The children are servers as ``petals-server serve`` runs them, through the
+public class, each a process of its own with its own key, port, event loop and threads; what they save is 2 to 4 s of
+importing on every start. POSIX only.
 
     nursery = Nursery(folder)
     pid = nursery.start(Birth(...))
@@ -167,13 +167,29 @@ def _raise_servers(folder: Path) -> None:
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a server ended
     _tell(_IMPORTED)
+    is_warm = False
     for line in sys.stdin:
         birth = Birth(**json.loads(line))
+        if not is_warm:
+            _load_once(birth)
+            is_warm = True
         pid = os.fork()
         if pid == 0:
             _live(birth, folder)
         _tell(_BORN, birth.number, pid)
     os.killpg(os.getpid(), signal.SIGKILL)  # whoever asked is gone, so all go
+
+
+def _load_once(birth: Birth) -> None:
+    """Load a span and forget it, for what is imported only then. One thread computes, so a fork does no harm."""
+    import torch
+
+    from petals_server.config import ServerConfig
+    from petals_server.loading import load_model, open_model
+
+    torch.set_num_threads(1)
+    config = ServerConfig(model=birth.model, torch_dtype=birth.torch_dtype, num_threads=1, cache_tokens=16)
+    load_model(open_model(config, None), birth.start, birth.end, config)
 
 
 def _live(birth: Birth, folder: Path) -> None:
