@@ -24,6 +24,7 @@ from petals_server.adapters import load_adapters
 from petals_server.cache.pages import CachePages, plan_groups
 from petals_server.cache.tensors import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS, CacheTensors
 from petals_server.config import ServerConfig
+from petals_server.execution import attention
 from petals_server.execution.compilation import choose_graphs
 from petals_server.execution.probe import Form, find_layout
 from petals_server.execution.steps import StepRunner
@@ -135,6 +136,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         NotEnoughMemoryError: they do not fit.
         CheckpointError, DeviceError: as ``load_span``.
     """
+    attention.prepare(opened.device)
     memory.check_fits(end - start, opened.block_bytes, memory.free_bytes(opened.device))
     started_s = time.monotonic()
     span = load_span(

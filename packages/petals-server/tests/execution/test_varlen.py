@@ -13,10 +13,10 @@ from petals_core.models.split import load_span
 from petals_core.testing.factories import make_checkpoint
 from petals_server.cache.pages import CachePages, plan_groups
 from petals_server.cache.tensors import CacheTensors, LayerKind
-from petals_server.execution import decode_graphs
+from petals_server.execution import decode_graphs, gathered
 from petals_server.execution.batch import Batch, active
 from petals_server.execution.probe import find_layout
-from petals_server.execution.varlen import PagedRows, check_kernel
+from petals_server.execution.varlen import Kernel, PagedRows, check_kernel
 from petals_server.scheduling.plan import RowPart
 
 
@@ -72,7 +72,8 @@ def test_the_check_of_kernels_finds_a_wrong_one() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_paged_rows_and_graphs_give_what_rows_alone_give(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", [reference_kernel, gathered.attend])
+def test_paged_rows_and_graphs_give_what_rows_alone_give(family: str, kernel: Kernel, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, family, num_blocks=2)
     span = load_span(Checkpoint.open(tmp_path), 0, 2)
     layout = find_layout(span)
@@ -80,7 +81,9 @@ def test_paged_rows_and_graphs_give_what_rows_alone_give(family: str, tmp_path: 
         plan_groups([kind.window for kind in layout.kinds], num_tokens=400, page_tokens=4), page_tokens=4
     )
     cache = CacheTensors(layout.kinds, pages, dtype=torch.float32, device=torch.device("cpu"))
-    graphs = decode_graphs.DecodeGraphs(span, cache, first_layer=0, kernel=reference_kernel, record=run_now)
+    graphs = decode_graphs.DecodeGraphs(span, cache, first_layer=0, kernel=kernel, record=run_now)
+    for pool in (*cache.keys_SGD, *cache.values_SGD):
+        pool.fill_(float("nan"))  # what others left there
     lengths = [9, 3, 90]
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(length + 3, 64, generator=generator) for length in lengths]

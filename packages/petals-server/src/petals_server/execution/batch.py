@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from petals_server.cache.pages import PageRun
 from petals_server.cache.tensors import CacheTensors, LayerKind
-from petals_server.execution.varlen import Kernel, PagedRows, lay_out
+from petals_server.execution.varlen import Kernel, PagedRows, lay_out, suits
 from petals_server.scheduling.plan import RowPart
 
 
@@ -67,6 +67,10 @@ class Batch:
     @property
     def device(self) -> torch.device:
         return self.cache.keys_SGD[0].device
+
+    def uses_kernel(self, kind: LayerKind) -> bool:
+        """Whether the kernel, if there is one, attends for blocks of this kind."""
+        return suits(kind)
 
     def slots_T(self, group: int) -> torch.Tensor:
         """Where new keys go in the pool of a group: int64 [T]."""

@@ -1,7 +1,8 @@
 """Decode steps as recorded graphs: a turn of single tokens is replayed instead of launched kernel by kernel.
 
-A graph reads its inputs from the same memory each time, so it has buffers for a number of rows; fewer are filled up
-with rows that belong to nobody and write to page 0. One is recorded for each size when it is first wanted.
+A graph reads its inputs from the same memory each time, so it has buffers for a number of rows and of their pages; what
+is left is filled up with rows that belong to nobody and write to page 0. One is recorded for each size when it is first
+wanted; all share the memory that they compute in.
 
 Letters: R rows, which have one token each, H hidden size, M pages of the longest row.
 """
@@ -14,14 +15,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from petals_core.models.split import Span
-from petals_server.cache.tensors import CacheTensors
+from petals_server.cache.tensors import CacheTensors, LayerKind
 from petals_server.execution import attention
 from petals_server.execution.batch import Batch, active, row_slots
 from petals_server.execution.varlen import Kernel, PagedRows, page_table
@@ -31,30 +32,38 @@ log = logging.getLogger(__name__)
 
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of rows for which graphs are made."""
-MAX_TOKENS: Final = 8192
-"""Longer rows are computed without graphs, because their tables of pages do not fit the buffers."""
+WIDTHS: Final = (512, 2048, 8192)
+"""Tokens of the longest row for which graphs are made; longer rows are computed without."""
 
 Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 """From a computation to one that does the same again in the same memory."""
 
 
-def record_cuda_graph(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record a computation on CUDA; raises ``RuntimeError`` if it does anything that a graph can't hold."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):  # libraries set themselves up when they are first used
-            compute()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = compute()
+class CudaRecorder:
+    """Records computations on CUDA; what they need beside their inputs is shared, so they run one after another."""
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def __init__(self) -> None:
+        self._memory: Any = None
 
-    return replay
+    def __call__(self, compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Record a computation; raises ``RuntimeError`` if it does anything that a graph can't hold."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries set themselves up when they are first used
+                compute()
+        torch.cuda.current_stream().wait_stream(side)
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            output = compute()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +92,9 @@ class _StaticBatch(Batch):
     def paged(self, group: int) -> PagedRows:
         return self._buffers.rows[group]
 
+    def uses_kernel(self, kind: LayerKind) -> bool:
+        return True
+
 
 class DecodeGraphs:
     """Graphs of one span. Used in the device's thread."""
@@ -94,15 +106,15 @@ class DecodeGraphs:
         *,
         first_layer: int,
         kernel: Kernel,
-        record: Record = record_cuda_graph,
+        record: Record | None = None,
     ) -> None:
         self._span = span
         self._cache = cache
         self._first_layer = first_layer
         self._kernel = kernel
-        self._record = record
-        self._width = -(-MAX_TOKENS // cache.page_tokens)
-        self._graphs: dict[int, tuple[_Buffers, Callable[[], torch.Tensor]]] = {}
+        self._record = CudaRecorder() if record is None else record
+        self._graphs: dict[tuple[int, int], tuple[_Buffers, Callable[[], torch.Tensor]]] = {}
+        """By the numbers of rows and of tokens that they are for."""
         self.is_broken = False
         """Recording failed once: blocks do something that no graph holds."""
 
@@ -111,7 +123,7 @@ class DecodeGraphs:
         return (
             not self.is_broken
             and len(rows) <= SIZES[-1]
-            and all(row.count == 1 and row.past < self._width * self._cache.page_tokens for row in rows)
+            and all(row.count == 1 and row.past < WIDTHS[-1] for row in rows)
         )
 
     def run(self, hidden_RH: torch.Tensor, positions_R: NDArray[np.int64], rows: Sequence[RowPart]) -> torch.Tensor:
@@ -120,15 +132,17 @@ class DecodeGraphs:
         Raises:
             RuntimeError: recording failed.
         """
-        size = next(size for size in SIZES if size >= len(rows))
-        if size not in self._graphs:
-            self._graphs[size] = self._make(size)
-        buffers, replay = self._graphs[size]
+        longest = max(row.past + 1 for row in rows)
+        key = next(size for size in SIZES if size >= len(rows)), next(width for width in WIDTHS if width >= longest)
+        if key not in self._graphs:
+            self._graphs[key] = self._make(*key)
+        buffers, replay = self._graphs[key]
         self._fill(buffers, hidden_RH, positions_R, rows)
         return replay()[: len(rows)]
 
-    def _make(self, size: int) -> tuple[_Buffers, Callable[[], torch.Tensor]]:
+    def _make(self, size: int, num_tokens: int) -> tuple[_Buffers, Callable[[], torch.Tensor]]:
         span, device = self._span, self._cache.keys_SGD[0].device
+        width = -(-num_tokens // self._cache.page_tokens)
         num_groups = max(self._cache.group_of) + 1
 
         def integers(*shape: int) -> torch.Tensor:
@@ -145,9 +159,9 @@ class DecodeGraphs:
                     starts_q=starts,
                     starts_k=starts_k,
                     lengths=lengths,
-                    pages_RM=integers(size, self._width),
+                    pages_RM=integers(size, width),
                     max_new=1,
-                    max_length=self._width * self._cache.page_tokens,
+                    max_length=width * self._cache.page_tokens,
                 )
                 for _ in range(num_groups)
             ),
@@ -161,10 +175,15 @@ class DecodeGraphs:
         started_s = time.perf_counter()
         try:
             replay = self._record(compute)
-        except Exception:
+        except Exception as error:  # whatever blocks do that no graph holds
             self.is_broken = True
-            raise
-        log.debug("recorded a decode step of %d rows in %.2f s", size, time.perf_counter() - started_s)
+            raise RuntimeError(str(error) or type(error).__name__) from error
+        log.debug(
+            "recorded a decode step of %d rows of %d tokens in %.2f s",
+            size,
+            num_tokens,
+            time.perf_counter() - started_s,
+        )
         return buffers, replay
 
     def _fill(

@@ -20,7 +20,7 @@ from petals_core.models.split import Span
 from petals_server.cache.pages import PageCopy
 from petals_server.cache.tensors import CacheTensors
 from petals_server.engine import Work
-from petals_server.execution import attention
+from petals_server.execution import attention, gathered
 from petals_server.execution.batch import Batch, active
 from petals_server.execution.changes import RowChange, changed
 from petals_server.execution.decode_graphs import DecodeGraphs
@@ -57,7 +57,7 @@ class StepRunner:
         Args:
             first_layer: where in the cache the span's blocks begin.
             kernel: attends for all rows at once where it can.
-            with_graphs: whether turns of single tokens are replayed from recorded graphs, which takes a kernel.
+            with_graphs: whether turns of single tokens are replayed from recorded graphs, where CUDA can.
         """
         self.span = span
         self.cache = cache
@@ -67,8 +67,11 @@ class StepRunner:
         self._kernel = kernel
         self._graphs: DecodeGraphs | None = None
         kinds = cache.kinds[first_layer : first_layer + span.num_blocks]
-        if with_graphs and kernel is not None and form is Form.PACKED and all(suits(kind) for kind in kinds):
-            self._graphs = DecodeGraphs(span, cache, first_layer=first_layer, kernel=kernel)
+        if with_graphs and form is Form.PACKED and span.device.type == "cuda":
+            if kernel is not None and all(suits(kind) for kind in kinds):
+                self._graphs = DecodeGraphs(span, cache, first_layer=first_layer, kernel=kernel)
+            elif not any(kind.is_chunked for kind in kinds):
+                self._graphs = DecodeGraphs(span, cache, first_layer=first_layer, kernel=gathered.attend)
 
     @property
     def has_graphs(self) -> bool:
