@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import platform
 import statistics
 import sys
@@ -159,7 +160,10 @@ class Bench:
         worst = 0.0
         for part, each in zip(parts, states, strict=True):
             expected = self.span(each[None])[0].float()
-            worst = max(worst, float((torch.cat(part).float() - expected).abs().max() / expected.abs().max()))
+            difference = float((torch.cat(part).float() - expected).abs().max() / expected.abs().max())
+            if math.isnan(difference):
+                raise ArithmeticError("not a number came out, here or alone")
+            worst = max(worst, difference)
         return worst
 
     def decode_rate(self, runner: StepRunner, num_sessions: int, num_steps: int, past: int = 512) -> float:
