@@ -250,7 +250,7 @@ def test_what_is_pushed_is_what_is_loaded(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", FolderHub)
     model = load(tuning_mode="deep_ptune", pre_seq_len=3)
-    assert model.push_to_hub("me/prompts", private=True, token="secret") == "https://huggingface.co/me/prompts"
+    assert model.push_to_hub("me/prompts", private=True, token="secret").endswith("/me/prompts")
     pushed = tmp_path / "me" / "prompts"
     assert {path.name for path in pushed.iterdir()} == {"README.md", "model.safetensors", "petals_tuning.json"}
     assert (pushed / "README.md").read_text().startswith("---\nbase_model: ")

@@ -36,7 +36,7 @@ def test_a_model_with_a_table_refuses_what_is_outside_of_it(tmp_path: Path) -> N
     async def run() -> None:
         async with served(folder) as client:
             assert client.server.model.max_positions == NUM_POSITIONS
-            session = await client.open(max_length=1000)
+            session = await client.open(max_length=992)
             (states,) = random_states(1, 1)
             with pytest.raises(SessionLengthError, match="shorten the text"):
                 await session.step([states], position_runs=(((NUM_POSITIONS, 1),),))

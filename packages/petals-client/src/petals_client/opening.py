@@ -148,6 +148,8 @@ class ChainOpener:
         started_s = loop.time()
         told_s = started_s - _TELL_S
         pause_s = _FIRST_PAUSE_S
+        failure: PetalsError | None = None
+        """What a server said or did, which tells more than that nobody is left."""
         while True:
             try:
                 return await self.open(
@@ -156,7 +158,11 @@ class ChainOpener:
             except PetalsError as error:
                 may_come = is_urgent and isinstance(error, MissingBlocksError)
                 is_final = error.disposition is Disposition.GIVE_UP and not may_come
+                if not isinstance(error, MissingBlocksError):
+                    failure = error
                 if is_final or loop.time() + pause_s >= deadline_s:
+                    if failure is not None and not is_urgent:
+                        raise failure from None
                     raise
                 if loop.time() - told_s >= _TELL_S:
                     told_s = loop.time()
