@@ -124,14 +124,16 @@ def test_a_server_of_another_protocol_version_is_named(new_swarm: Any, checkpoin
         writer.close()
 
     stranger = swarm.run(asyncio.start_server(greet, "127.0.0.1", 0, ssl=listener_context(identity)))
-    announce(swarm, identity, server, 4, 6, address=Address(*stranger.sockets[0].getsockname()))
-    with (
-        distributed(folder, swarm) as model,
-        pytest.raises(VersionMismatchError, match=rf"server {identity.peer_id.short} .* versions? 8"),
-    ):
-        model.generate(PROMPT, **GREEDY)
+    try:
+        announce(swarm, identity, server, 4, 6, address=Address(*stranger.sockets[0].getsockname()))
+        with (
+            distributed(folder, swarm) as model,
+            pytest.raises(VersionMismatchError, match=rf"server {identity.peer_id.short} .* versions? 8"),
+        ):
+            model.generate(PROMPT, **GREEDY)
+    finally:  # or the swarm's loop would wait for it when it is closed
+        swarm.run(close(stranger))
     assert server.num_sessions == 0
-    swarm.run(close(stranger))
 
 
 def test_a_private_swarm_serves_only_who_knows_its_key(new_swarm: Any, checkpoints: Any, tmp_path: Path) -> None:
