@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from petals_core.addresses import Address
 from petals_core.announcement import Announcement
-from petals_core.errors import ConfigurationError, DrainingError, NotEnoughMemoryError, OverloadedError, PetalsError
+from petals_core.errors import DrainingError, OverloadedError, PetalsError
 from petals_core.identity import Identity, PeerId
-from petals_core.limits import MAX_NAME_CHARS, MAX_OBSERVED, WireLimits
+from petals_core.limits import MAX_NAME_CHARS, MAX_OBSERVED
 from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
 from petals_core.wire.throttle import Throttle
 from petals_dht.directory import Directory
-from petals_dht.reachability import dial_back
-from petals_server import reachability
 from petals_server.announcer import ANNOUNCE_TIMEOUT_S, Announcer
 from petals_server.balancer import Balancer
 from petals_server.comfort.guest import Guest, Served
@@ -33,12 +31,12 @@ from petals_server.config import PlacementTiming, ServerConfig
 from petals_server.contribution.book import ReceiptBook
 from petals_server.contribution.desk import ContributionDesk
 from petals_server.engine import Engine
+from petals_server.entrance import choose_host, open_entrance
+from petals_server.first_span import first_span
 from petals_server.neighbours import Neighbours
 from petals_server.placement.moves import Move, MoveCost, MoveRules
 from petals_server.placement.observation import Votes
 from petals_server.placement.offers import Ability
-from petals_server.scheduling.pace import Pace
-from petals_server.sessions import SessionTable
 from petals_server.speed import Speed, Speedometer
 from petals_server.status import ServerRecord
 
@@ -52,9 +50,6 @@ log = logging.getLogger(__name__)
 VERSION: Final = version("petals-server")
 DRAIN_TIMEOUT_S: Final = 10.0
 _LOADING_RETRY_S: Final = 1.0
-_PING_INTERVAL_S: Final = 5.0
-_SILENCE_S: Final = 15.0
-"""A client that is gone without a word holds its cache for no longer."""
 _PAUSE_GRACE_S: Final = 5.0
 _RELOAD_RETRY_S: Final = 30.0
 
@@ -182,14 +177,7 @@ class Server:
 
     async def _start(self) -> None:
         config = self.config
-        host = reachability.choose_listen_host(config.host, config.announce_host, config.initial_peers)
-        reachability.choose_announced_host(
-            listen_host=host or "::",
-            announce_host=config.announce_host,
-            observed_host=None,
-            own_host="",
-            initial_peers=config.initial_peers,
-        )
+        host = choose_host(config)
         if config.identity is None:
             self._identity = Identity.default("server")
             self._resources.callback(self._identity.release)
@@ -231,50 +219,19 @@ class Server:
         started_s = asyncio.get_running_loop().time()
         log.info("loading blocks %d:%d of %d", start, end, opened.num_blocks)
         model = await self._engine.call(lambda: _load_model(opened, start, end, config))
-        log.info(
-            "computing with %d thread(s) for one token (%.0f tokens/s), %d for many (%.0f tokens/s); "
-            "attention cache of %d tokens",
-            model.threads.decode,
-            model.threads.decode_tokens_per_s,
-            model.threads.bulk,
-            model.threads.bulk_tokens_per_s,
-            model.cache_tokens,
-        )
-        measured = Speed(
-            decode_tokens_per_s=model.threads.decode_tokens_per_s, forward_tokens_per_s=model.threads.bulk_tokens_per_s
-        )
-        self._speedometer = Speedometer(measured, now_s=time.monotonic())
-        self._engine.adopt(
-            model.pages,
-            Pace(
-                decode_tokens_per_s=model.threads.decode_tokens_per_s,
-                bulk_tokens_per_s=model.threads.bulk_tokens_per_s,
-                max_turn_tokens=config.limits.max_turn_tokens or model.max_turn_tokens,
-            ),
-        )
-        from petals_server.handlers import RequestHandler, ServerFacts
-        from petals_server.ring import RingTable
+        from petals_server.assembly import assemble_handler, measured_speed
+        from petals_server.handlers import ServerFacts
 
-        self._requests = RequestHandler(
-            model=model,
+        self._speedometer = Speedometer(measured_speed(model), now_s=time.monotonic())
+        self._requests = assemble_handler(
+            model,
+            config=config,
             engine=self._engine,
-            sessions=SessionTable(
-                cache_tokens=model.cache_tokens,
-                limits=config.limits,
-                state_tokens=model.state_tokens,
-                page_tokens=model.pages.page_tokens,
-                max_row_tokens=model.pages.max_row_tokens(config.limits.max_turn_tokens or model.max_turn_tokens),
-            ),
-            ring=RingTable(
-                self._dialer,
-                fingerprint=model.fingerprint,
-                limits=config.limits,
-                is_local=self.address.ip is None or not self.address.ip.is_global,
-            ),
-            limits=config.limits,
+            dialer=self._dialer,
             facts=ServerFacts(version=VERSION, public_name=config.public_name),
-            served=self.ledger,
+            ledger=self.ledger,
             desk=self._desk,
+            is_local=self.address.ip is None or not self.address.ip.is_global,
         )
         if self.pause_reason:
             self._requests.state = "draining"
@@ -305,86 +262,23 @@ class Server:
 
     async def _join(self, host: str | None) -> None:
         """Open the ports, join the directory, and see that others can connect."""
-        config, resources = self.config, self._resources
-        tcp, udp = reachability.bind_ports(host, config.port)
-        port = tcp.getsockname()[1]
-        resources.callback(tcp.close)
-        resources.callback(udp.close)
-        reach = dial_back(self._identity, config.swarm_key)
-        self._directory = await resources.enter_async_context(
-            await Directory.start(
-                self._identity,
-                sock=udp,
-                swarm_key=config.swarm_key,
-                initial_peers=config.initial_peers,
-                reach=reach,
-            )
-        )
-        self._listener = await Listener.start(
+        entrance = await open_entrance(
+            self.config,
+            host,
             identity=self._identity,
-            handler=self._serve,
-            swarm_key=config.swarm_key,
-            sock=tcp,
-            limits=WireLimits(ping_interval_s=_PING_INTERVAL_S, idle_timeout_s=_SILENCE_S),
-            compression=config.compression,
             throttle=self._throttle,
+            handler=self._serve,
+            resources=self._resources,
         )
-        resources.push_async_callback(self._listener.close)
-        self.address = Address(
-            reachability.choose_announced_host(
-                listen_host=host,
-                announce_host=config.announce_host,
-                observed_host=self._directory.observed_host(),
-                own_host=reachability.find_own_host(),
-                initial_peers=config.initial_peers,
-            ),
-            port,
-        )
-        if config.initial_peers:
-            found = await self._directory.check_reachable(port, self.peer_id)
-            is_reachable, reason = found.is_reachable, found.reason
-            if is_reachable and self.address.host != found.observed_host:
-                # Peers connect to where they see us and nowhere else, so the other address is tried from here.
-                reason = await reach(self.address.host, port, self.peer_id)
-                is_reachable = None if reason else True
-        else:
-            reason = await reach(self.address.host, port, self.peer_id)
-            is_reachable = not reason
-        if is_reachable:
-            bound = ", from this machine alone: --host 0.0.0.0 lets others in" if self.address.is_loopback else ""
-            log.info("peer %s listens and can be reached at %s%s", self.peer_id.short, self.address, bound)
-        elif is_reachable is None or config.announce_host is not None:
-            # An address that the user gave may be one that only others can use, as behind many home routers.
-            log.warning("whether others can connect to %s could not be seen: %s", self.address, reason)
-        else:
-            raise ConfigurationError(
-                f"others can't connect to {self.address} ({reason}): open TCP and UDP port {port} in firewall and "
-                "router (choose it with --port), or set --announce-host to the address by which this machine is reached"
-            )
+        self._directory, self._listener, self.address = entrance.directory, entrance.listener, entrance.address
 
     async def _choose_blocks(self) -> tuple[int, int]:
         """Where to start: as told, or where the swarm needs it."""
         config, opened = self.config, self._opened
-        if config.blocks is not None:
-            start, end = config.blocks
-            if end > opened.num_blocks:
-                raise ConfigurationError(
-                    f"{opened.checkpoint.name} has blocks 0:{opened.num_blocks}, which do not include {start}:{end}"
-                )
+        start, end = first_span(config, opened)
+        num_blocks = end - start
+        if config.blocks is not None or num_blocks == opened.num_blocks:
             return start, end
-        num_blocks = config.num_blocks
-        if num_blocks is None:
-            num_blocks = min(opened.num_blocks, opened.num_blocks_that_fit)
-            if num_blocks == 0:
-                raise NotEnoughMemoryError(
-                    f"a block of {opened.checkpoint.name} takes {opened.block_bytes / 2**20:,.0f} MiB, for which there "
-                    "is no memory: free some, or use a smaller --torch-dtype"
-                )
-        if num_blocks > opened.num_blocks:
-            raise ConfigurationError(f"--num-blocks {num_blocks}: the model has only {opened.num_blocks} blocks")
-        if num_blocks == opened.num_blocks:
-            return 0, num_blocks
-        timing = config.placement or PlacementTiming()
         self._balancer = Balancer(
             self,
             directory=self._directory,
@@ -392,7 +286,7 @@ class Server:
             swarm_key=config.swarm_key,
             fingerprint=opened.fingerprint,
             num_blocks=opened.num_blocks,
-            timing=timing,
+            timing=config.placement or PlacementTiming(),
             rules=MoveRules(),
             rng=random.Random(),
         )
