@@ -52,7 +52,7 @@ def explain(servers: list[Server], known: dict[int, Facts] | None = None, cache_
 def test_edges_add_up_to_the_cost_of_the_chain() -> None:
     route = explain(
         [
-            server(1, 0, 3, next_s={peer(2).digest: 0.005}),
+            server(1, 0, 3, next_delays=((peer(2).digest, 0.005),)),
             server(2, 3, 5, hop_s=SOFTWARE_S + 0.003),
             server(3, 5, 6, hop_s=SOFTWARE_S + 2.0 + FULL_CACHE_S),
         ],

@@ -44,7 +44,7 @@ def test_what_adds_to_a_visit() -> None:
     assert (plain.client_s, plain.hop_s) == (0.005, SOFTWARE_S)
     assert estimate(round_trip_s=None).client_s == UNKNOWN_DELAY_S
     assert estimate(penalty_s=5.0).hop_s == plain.hop_s + 5.0
-    assert estimate(next_delays=((bytes(32), 0.02),)).next_s == {bytes(32): 0.02}
+    assert estimate(next_delays=((bytes(32), 0.02),)).next_delays == ((bytes(32), 0.02),)
 
 
 def test_a_cache_without_room() -> None:

@@ -30,7 +30,7 @@ def server(
     client_s: float = 0.5,
     hop_s: float = 0.0,
     block_s: float = 1.0,
-    next_s: dict[int, float] | None = None,
+    delays: dict[int, float] | None = None,
 ) -> Server:
     return Server(
         peer_id=peer(number),
@@ -39,7 +39,7 @@ def server(
         client_s=client_s,
         hop_s=hop_s,
         block_s=block_s,
-        next_s={peer(other).digest: delay_s for other, delay_s in (next_s or {}).items()},
+        next_delays=tuple((peer(other).digest, delay_s) for other, delay_s in (delays or {}).items()),
     )
 
 
@@ -97,7 +97,7 @@ def build(drawn: list[tuple[int, int, int, int, int]], known: dict[tuple[int, in
             client_s=client,
             hop_s=hop,
             block_s=block,
-            next_s={other: delay for (one, other), delay in known.items() if one == number and other != number},
+            delays={other: delay for (one, other), delay in known.items() if one == number and other != number},
         )
         for number, (start, end, client, hop, block) in enumerate(drawn)
     ]
@@ -115,7 +115,7 @@ def test_no_chain_is_cheaper(
             plan(servers)
         return
     ends = {
-        "previous": server(6, 0, 1, client_s=2, next_s={0: 1, 1: 5}) if within else None,
+        "previous": server(6, 0, 1, client_s=2, delays={0: 1, 1: 5}) if within else None,
         "following": server(5, 0, 1, client_s=3) if behind else None,
     }
     chain = plan(servers, **ends)
@@ -145,14 +145,14 @@ def test_fewer_hops_are_cheaper_at_equal_speed() -> None:
 def test_neighbours_beat_servers_that_are_nearer_to_the_client() -> None:
     """Two servers far away but beside each other, and two that are nearer, at opposite ends."""
     near = [server(0, 0, 3, client_s=0.04), server(1, 3, 5, client_s=0.04)]
-    far = [server(2, 0, 3, client_s=0.05, next_s={3: 0.001}), server(3, 3, 5, client_s=0.05)]
+    far = [server(2, 0, 3, client_s=0.05, delays={3: 0.001}), server(3, 3, 5, client_s=0.05)]
     assert [hop.peer_id for hop in plan(near + far)] == [peer(2), peer(3)]
 
 
 def test_a_replacement_stands_between_its_neighbours() -> None:
-    before = server(0, 0, 2, next_s={1: 0.4, 2: 0.1})
+    before = server(0, 0, 2, delays={1: 0.4, 2: 0.1})
     after = server(3, 4, 5)
-    candidates = [server(1, 2, 4, client_s=0.2), server(2, 2, 4, client_s=0.6, next_s={3: 0.1})]
+    candidates = [server(1, 2, 4, client_s=0.2), server(2, 2, 4, client_s=0.6, delays={3: 0.1})]
     assert plan(candidates, 2, 4)[0].peer_id == peer(1)
     assert plan(candidates, 2, 4, previous=before, following=after)[0].peer_id == peer(2)
 

@@ -244,9 +244,8 @@ def explain_chain(
 def _delay(before: Server | None, server: Server, facts: Mapping[PeerId, Facts]) -> tuple[float, str]:
     if before is None:
         return server.client_s, "measured" if facts[server.peer_id].is_measured else "assumed"
-    announced_s = before.next_s.get(server.peer_id.digest)
     delay_s = before.delay_to(server)
-    return delay_s, "announced" if announced_s == delay_s else "by the client"
+    return delay_s, "announced" if before.measured_delay_to(server) == delay_s else "by the client"
 
 
 def _reason(

@@ -70,8 +70,5 @@ def estimate_cost(
         client_s=client_s,
         hop_s=hop_s,
         block_s=span_s / num_blocks,
-        next_s=dict(announcement.next_delays) if announcement.next_delays else _NO_DELAYS,
+        next_delays=announcement.next_delays,
     )
-
-
-_NO_DELAYS: Final[dict[bytes, float]] = {}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from petals_core.identity import PeerId
 
@@ -22,8 +21,8 @@ class Server:
     """Cost of visiting it at all, beside the delays: software, its reputation, a cache without room."""
     block_s: float
     """Cost of each block that it computes."""
-    next_s: Mapping[bytes, float] = field(default_factory=dict)
-    """One-way delays to others as it announced them, by the digests of their peer ids."""
+    next_delays: tuple[tuple[bytes, float], ...] = ()
+    """Few others, by the digests of their peer ids, and the one-way delays to them, as it announced them."""
 
     def delay_to(self, other: Server) -> float:
         """One-way delay to the next server of a chain: what this one has measured, and never more than by the client.
@@ -32,7 +31,13 @@ class Server:
         have the client carry the states. The planner takes the least of many sums: with estimates that err to both
         sides it would choose those that err to the low one.
         """
-        return min(self.client_s + other.client_s, self.next_s.get(other.peer_id.digest, math.inf))
+        known_s = self.measured_delay_to(other)
+        by_client_s = self.client_s + other.client_s
+        return by_client_s if known_s is None else min(by_client_s, known_s)
+
+    def measured_delay_to(self, other: Server) -> float | None:
+        """The delay that it announced to another one; None: it announced none."""
+        return next((delay_s for digest, delay_s in self.next_delays if digest == other.peer_id.digest), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

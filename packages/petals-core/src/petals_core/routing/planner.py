@@ -21,6 +21,7 @@ from petals_core.errors import MissingBlocksError
 from petals_core.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps
 
 Costs: TypeAlias = NDArray[np.float64]
+Indices: TypeAlias = NDArray[np.int64]
 
 
 def plan_chain(
@@ -32,7 +33,7 @@ def plan_chain(
     previous: Server | None = None,
     following: Server | None = None,
 ) -> Chain:
-    """Return the chain over blocks ``start:end`` with the lowest sum of costs; the first given of equals.
+    """Return the chain over blocks ``start:end`` with the lowest sum of costs; always the same one of equals.
 
     ``previous`` and ``following`` are the servers between which it is to stand; None: the client. O(B x (S + E)).
 
@@ -65,20 +66,25 @@ def cost_of(
 
 
 class _Pairs:
-    """Delays of pairs of servers [E], from sources to targets, in the order of targets."""
+    """Delays of pairs of servers [E], from sources to targets, in the order of targets; each server is a target."""
 
-    def __init__(self, sources: NDArray[np.int64], targets: NDArray[np.int64], delay_s: Costs) -> None:
+    def __init__(self, sources: Indices, targets: Indices, delay_s: Costs, num_servers: int) -> None:
+        everyone = np.arange(num_servers)
+        targets = np.concatenate((targets, everyone))
         order = np.argsort(targets, kind="stable")
-        self.sources, self.targets, self.delay_s = sources[order], targets[order], delay_s[order]
-        self._starts = np.flatnonzero(np.diff(self.targets, prepend=-1))
-        self._unique = self.targets[self._starts]
+        self.sources = np.concatenate((sources, everyone))[order]
+        self.delay_s = np.concatenate((delay_s, np.full(num_servers, math.inf)))[order]
+        self.starts = np.searchsorted(targets[order], np.arange(num_servers + 1))
+        """Where the pairs of each target begin, and where the last one's end [S + 1]."""
 
-    def lower(self, costs: Costs, source_costs: Costs) -> None:
-        """Make the costs [S] of being at targets those of coming from a source, where that is less."""
-        if len(self._unique):
-            known = source_costs.take(self.sources)
-            known += self.delay_s
-            np.minimum.at(costs, self._unique, np.minimum.reduceat(known, self._starts))
+    def least(self, source_costs: Costs, first: int, last: int) -> Costs:
+        """What it costs to be at each of the targets ``first:last``, when coming from the best source."""
+        starts = self.starts[first : last + 1]
+        left, right = starts[0], starts[-1]
+        known = source_costs.take(self.sources[left:right])
+        known += self.delay_s[left:right]
+        least: Costs = np.minimum.reduceat(known, starts[:-1] - left)
+        return least
 
 
 class Lattice:
@@ -94,14 +100,19 @@ class Lattice:
         following: Server | None = None,
     ) -> None:
         """Each of the blocks is held by one of the ``servers`` at least, and each server holds one of the blocks."""
-        self._servers = servers
-        self._start = start
-        self._end = end
         columns = np.array([(each.client_s, each.hop_s, each.block_s, each.start, each.end) for each in servers])
-        self._client_s, self._hop_s, block_s, first, last = np.ascontiguousarray(columns.T)
-        blocks = np.arange(start, end)[:, None]
-        self._block_s: Costs = np.where((first <= blocks) & (blocks < last), block_s, math.inf)
-        """[B, S]; infinite where the server does not hold the block."""
+        self._order = np.argsort(columns[:, 3], kind="stable")
+        """Of all arrays: those that hold a block are near each other."""
+        self._client_s, self._hop_s, self._span_block_s, first, self._ends = np.ascontiguousarray(
+            columns[self._order].T
+        )
+        servers = self._servers = [servers[number] for number in self._order.tolist()]
+        self._start = start
+        blocks = np.arange(start, end)
+        ended = np.searchsorted(np.maximum.accumulate(self._ends), blocks, side="right")
+        begun = np.searchsorted(first, blocks, side="right")
+        self._windows: list[tuple[int, int]] = list(zip(ended.tolist(), begun.tolist(), strict=True))
+        """For each block, the part of the servers that all of its holders are in; both ends only grow."""
         self._entry_s = self._client_s
         if previous is not None:
             self._entry_s = np.array([previous.delay_to(each) for each in servers])
@@ -110,79 +121,114 @@ class Lattice:
             self._exit_s = np.array([each.delay_to(following) for each in servers])
         before, after, delay_s = _known_pairs(servers)
         is_shorter = delay_s < self._client_s[before] + self._client_s[after]
+        last = self._ends
         may_follow = np.maximum(first[before] + 1, first[after]) <= np.minimum(last[before], last[after] - 1)
         matters = is_shorter & may_follow
-        before, after, delay_s = before[matters], after[matters], delay_s[matters]
-        self._pairs = _Pairs(before, after, delay_s)
-        self._reverse_pairs = _Pairs(after, before, delay_s)
+        self._known = before[matters], after[matters], delay_s[matters]
+        self._pairs = _Pairs(*self._known, len(servers))
 
     def cheapest(self) -> Chain:
         """The chain with the lowest sum; O(B x (S + E))."""
-        reached = self.reach()
-        index = int(np.argmin(reached[-1] + self._exit_s))
+        reached = self._reach()
+        row = len(reached) - 1
+        left, right = self._windows[row]
+        index = left + int(np.argmin(reached[row] + self._exit_s[left:right]))
         hops: list[Hop] = []
-        last = self._end
-        for block in range(self._end - 1, self._start, -1):
-            row = block - self._start
-            before = reached[row - 1]
-            if reached[row, index] < before[index] + self._block_s[row, index]:
+        last = self._start + len(reached)
+        for row in range(len(reached) - 1, 0, -1):
+            before_left, before_right = self._windows[row - 1]
+            stay_s = reached[row - 1][index - before_left] if before_left <= index < before_right else math.inf
+            left, right = self._windows[row]
+            if reached[row][index - left] < stay_s + self._span_block_s[index]:
+                block = self._start + row
                 hops.append(Hop(peer_id=self._servers[index].peer_id, start=block, end=last))
-                last, index = block, self._cheapest_source(before, index)
+                last, index = block, self._cheapest_source(row - 1, reached[row - 1], index)
         hops.append(Hop(peer_id=self._servers[index].peer_id, start=self._start, end=last))
         hops.reverse()
         return tuple(hops)
 
-    def reach(self) -> Costs:
-        """The cost of the cheapest way to have computed all blocks up to each one on each server [B, S]."""
-        reached = np.empty_like(self._block_s)
-        reached[0] = self._entry_s + self._hop_s + self._block_s[0]
-        for row in range(1, len(reached)):
-            before = reached[row - 1]
-            entry = (before + self._client_s).min() + self._client_s
-            self._pairs.lower(entry, before)
-            reached[row] = np.minimum(before, entry + self._hop_s) + self._block_s[row]
-        return reached
-
-    def remain(self) -> Costs:
-        """The cost of the cheapest way from having computed each block on each server to the end [B, S]."""
-        left = np.empty_like(self._block_s)
-        left[-1] = self._exit_s
-        for row in range(len(left) - 2, -1, -1):
-            stay = left[row + 1] + self._block_s[row + 1]
-            entered = stay + self._hop_s
-            change = (entered + self._client_s).min() + self._client_s
-            self._reverse_pairs.lower(change, entered)
-            left[row] = np.minimum(stay, change)
-        return left
-
     def cheapest_through(self) -> Costs:
         """For each server, the cost of the cheapest chain in which it computes one block at least [S]."""
-        through = self.reach() + self.remain()
-        through[np.isinf(self._block_s)] = math.inf
-        best: Costs = through.min(axis=0)
-        return best
+        best = np.full(len(self._servers), math.inf)
+        for (left, right), reached, left_s in zip(self._windows, self._reach(), self._remain(), strict=True):
+            np.minimum(best[left:right], reached + left_s, out=best[left:right])
+        given = np.empty_like(best)
+        given[self._order] = best
+        return given
 
-    def _cheapest_source(self, before: Costs, target: int) -> int:
-        """From where a server is best entered."""
-        by_client = before + self._client_s
-        source = int(np.argmin(by_client))
-        cost = float(by_client[source] + self._client_s[target])
-        pairs = self._pairs
-        first, last = np.searchsorted(pairs.targets, [target, target + 1])
-        if first < last:
-            known = before[pairs.sources[first:last]] + pairs.delay_s[first:last]
-            best = int(np.argmin(known))
-            if known[best] < cost:
-                return int(pairs.sources[first + best])
+    def _reach(self) -> list[Costs]:
+        """For each block, what the cheapest way to have computed all up to it costs, on each server of its window.
+
+        Infinite where the server does not hold the block.
+        """
+        left, right = self._windows[0]
+        rows = [self._entry_s[left:right] + self._hop_s[left:right] + self._block_s(0)]
+        reached = np.full(len(self._servers), math.inf)
+        for row in range(1, len(self._windows)):
+            reached[:left] = math.inf
+            reached[left:right] = rows[-1]
+            by_client_s = (rows[-1] + self._client_s[left:right]).min()
+            left, right = self._windows[row]
+            costs = self._client_s[left:right] + by_client_s
+            np.minimum(costs, self._pairs.least(reached, left, right), out=costs)
+            costs += self._hop_s[left:right]
+            np.minimum(costs, reached[left:right], out=costs)
+            costs += self._block_s(row)
+            rows.append(costs)
+        return rows
+
+    def _remain(self) -> list[Costs]:
+        """For each block, what the cheapest way from having computed it to the end costs, on each server of its window.
+
+        Means nothing where the server does not hold the block.
+        """
+        before, after, delay_s = self._known
+        pairs = _Pairs(after, before, delay_s, len(self._servers))
+        left, right = self._windows[-1]
+        rows = [self._exit_s[left:right]]
+        entered = np.full(len(self._servers), math.inf)
+        for row in range(len(self._windows) - 1, 0, -1):
+            next_left = left
+            stay = rows[-1] + self._block_s(row)
+            entered[right:] = math.inf
+            entered[left:right] = stay + self._hop_s[left:right]
+            by_client_s = (entered[left:right] + self._client_s[left:right]).min()
+            left, right = self._windows[row - 1]
+            costs = self._client_s[left:right] + by_client_s
+            np.minimum(costs, pairs.least(entered, left, right), out=costs)
+            lasting = costs[next_left - left :]
+            np.minimum(lasting, stay[: right - next_left], out=lasting)
+            rows.append(costs)
+        rows.reverse()
+        return rows
+
+    def _block_s(self, row: int) -> Costs:
+        """The cost of a block on each server of its window; infinite where the server does not hold it."""
+        left, right = self._windows[row]
+        return np.where(self._ends[left:right] > self._start + row, self._span_block_s[left:right], math.inf)
+
+    def _cheapest_source(self, row: int, reached: Costs, target: int) -> int:
+        """From where a server is best entered behind a block, with what it costs to have ``reached`` that."""
+        left, right = self._windows[row]
+        by_client = reached + self._client_s[left:right]
+        source = left + int(np.argmin(by_client))
+        cost_s = float(by_client[source - left] + self._client_s[target])
+        first, last = self._pairs.starts[target : target + 2].tolist()
+        for other, delay_s in zip(
+            self._pairs.sources[first:last].tolist(), self._pairs.delay_s[first:last].tolist(), strict=True
+        ):
+            if left <= other < right and reached[other - left] + delay_s < cost_s:
+                source, cost_s = other, float(reached[other - left] + delay_s)
         return source
 
 
-def _known_pairs(servers: Sequence[Server]) -> tuple[NDArray[np.int64], NDArray[np.int64], Costs]:
+def _known_pairs(servers: Sequence[Server]) -> tuple[Indices, Indices, Costs]:
     """Sources, targets and delays of the pairs [E] of which the first has measured the delay to the second."""
     numbers = {server.peer_id.digest: number for number, server in enumerate(servers)}
-    before = np.repeat(np.arange(len(servers)), [len(server.next_s) for server in servers])
-    after = np.array([numbers.get(digest, -1) for server in servers for digest in server.next_s], dtype=np.int64)
-    delay_s = np.array([delay_s for server in servers for delay_s in server.next_s.values()], dtype=np.float64)
+    before = np.repeat(np.arange(len(servers)), [len(server.next_delays) for server in servers])
+    known = list(itertools.chain.from_iterable(server.next_delays for server in servers))
+    after = np.array([numbers.get(digest, -1) for digest, _ in known], dtype=np.int64)
+    delay_s = np.array([delay_s for _, delay_s in known], dtype=np.float64)
     is_known = (after >= 0) & (before != after)
     return before[is_known], after[is_known], delay_s[is_known]
 
