@@ -110,7 +110,7 @@ class Bench:
         self.cache = CacheTensors(self.layout.kinds, self.pages, dtype=dtype, device=device)
         self.kernel = find_kernel(self.layout.kinds, dtype=dtype, device=device, page_tokens=page_tokens)
 
-    def runner(self, *, with_kernel: bool, with_graphs: bool = False) -> StepRunner:
+    def runner(self, *, with_kernel: bool, with_replay: bool = False) -> StepRunner:
         threads = ThreadPlan(
             decode=torch.get_num_threads(), bulk=torch.get_num_threads(), decode_tokens_per_s=1, bulk_tokens_per_s=1
         )
@@ -121,7 +121,7 @@ class Bench:
             form=self.layout.form,
             threads=threads,
             kernel=self.kernel if with_kernel else None,
-            with_graphs=with_graphs,
+            with_replay=with_replay,
         )
 
     def states(self, num_tokens: int, seed: int = 0) -> torch.Tensor:
@@ -224,11 +224,11 @@ def measure(lines: list[Line], bench: Bench, *, num_steps: int, prompt_tokens: i
     if bench.kernel is not None:
         paged = runners["paged kernel"] = bench.runner(with_kernel=True)
         attempt("largest difference from alone, paged kernel", lambda: f"{bench.error(paged):.2e}")
-    replayed = bench.runner(with_kernel=True, with_graphs=True)
-    if replayed.has_graphs:
+    replayed = bench.runner(with_kernel=True, with_replay=True)
+    if replayed.can_replay:
         attempt("largest difference from alone, graphs", lambda: f"{bench.error(replayed):.2e}")
-        note("graphs were recorded", "yes" if replayed.has_graphs else "no")
-        if replayed.has_graphs:
+        note("graphs were recorded", "yes" if replayed.can_replay else "no")
+        if replayed.can_replay:
             runners["graphs"] = replayed
     for way, runner in runners.items():
         for count in SESSIONS:

@@ -98,7 +98,7 @@ def serve(
         typer.Option(
             "--compile",
             metavar="MODE",
-            help="auto, on or off: replay decode steps on a GPU from recorded graphs; auto measures if that is faster.",
+            help="auto, on or off: record decode steps and replay them; auto measures if that is faster.",
         ),
     ] = "auto",
     quantization: Annotated[

@@ -248,7 +248,7 @@ class RequestHandler:
                 form=self.model.form,
                 threads=self.model.threads,
                 kernel=self.model.kernel,
-                with_graphs=self.model.with_graphs,
+                with_replay=self.model.with_replay,
             )
         return StepWork(session, runner, states, **options)
 

@@ -25,7 +25,7 @@ from petals_server.cache.pages import CachePages, plan_groups
 from petals_server.cache.tensors import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS, CacheTensors
 from petals_server.config import ServerConfig
 from petals_server.execution import attention
-from petals_server.execution.compilation import choose_graphs
+from petals_server.execution.compilation import choose_replay
 from petals_server.execution.probe import Form, find_layout
 from petals_server.execution.steps import StepRunner
 from petals_server.execution.varlen import Kernel, find_kernel
@@ -72,8 +72,8 @@ class ServedModel:
     """The cache itself; None where each session keeps its own."""
     kernel: Kernel | None
     """Attends for all rows of a turn at once; None: they take turns."""
-    with_graphs: bool
-    """Whether decode steps are replayed from recorded graphs."""
+    with_replay: bool
+    """Whether decode steps are replayed from what was recorded of one."""
     cache_tokens: int
     """Tokens that the attention caches of all sessions may hold together."""
     state_tokens: int
@@ -170,16 +170,16 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
     windows = [kind.window for kind in layout.kinds] or [None]
     pages = CachePages(plan_groups(windows, num_tokens=cache_tokens, page_tokens=page_tokens), page_tokens=page_tokens)
     cache = CacheTensors(layout.kinds, pages, dtype=opened.dtype, device=opened.device) if layout.kinds else None
-    kernel, with_graphs = None, False
+    kernel, with_replay = None, False
     if cache is not None and layout.form is Form.PACKED:
         kernel = find_kernel(layout.kinds, dtype=opened.dtype, device=opened.device, page_tokens=page_tokens)
         plain, replaying = (
             StepRunner(
-                span, cache, first_layer=0, form=layout.form, threads=plan, kernel=kernel, with_graphs=with_graphs
+                span, cache, first_layer=0, form=layout.form, threads=plan, kernel=kernel, with_replay=with_replay
             )
-            for with_graphs in (False, True)
+            for with_replay in (False, True)
         )
-        with_graphs = choose_graphs(config.compile, plain, replaying, pages)
+        with_replay = choose_replay(config.compile, plain, replaying, pages)
     return ServedModel(
         name=opened.checkpoint.name,
         fingerprint=opened.fingerprint,
@@ -191,7 +191,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         pages=pages,
         cache=cache,
         kernel=kernel,
-        with_graphs=with_graphs,
+        with_replay=with_replay,
         cache_tokens=cache_tokens,
         state_tokens=cache_cost.state_tokens,
         threads=plan,

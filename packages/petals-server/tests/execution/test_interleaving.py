@@ -105,7 +105,7 @@ class Server:
         cache = CacheTensors(layout.kinds, self.pages, dtype=torch.float32, device=torch.device("cpu"))
         for tensor in (*cache.keys_SGD, *cache.values_SGD):
             tensor[4:] = torch.nan  # what nobody wrote must not be read
-        self.runner = StepRunner(self.span, cache, first_layer=0, form=layout.form, threads=THREADS)
+        self.runner = StepRunner(self.span, cache, first_layer=0, form=layout.form, threads=THREADS, with_replay=True)
         self.scheduler = Scheduler(Shares(), Pace(decode_tokens_per_s=20, bulk_tokens_per_s=400, max_turn_tokens=24))
         self.clients: dict[int, Client] = {}
         self.generator = torch.Generator().manual_seed(0)

@@ -20,6 +20,8 @@ from petals_server.execution import batch as batches
 from petals_server.execution.batch import RowView
 
 NAME: Final = "petals_packed"
+OPTIONS: Final = frozenset({"scaling", "softcap", "s_aux"})
+"""What :func:`attend` reads of what Transformers' blocks pass on beside the states."""
 _MAX_FOLDED: Final = 16
 """New tokens of a row up to which its heads are folded together: then each head of keys is read once."""
 

@@ -26,6 +26,7 @@ from petals_server.execution.changes import RowChange, changed
 from petals_server.execution.decode_graphs import DecodeGraphs
 from petals_server.execution.padded import compute_padded
 from petals_server.execution.probe import Form
+from petals_server.execution.programs import RecordingError, StepPrograms
 from petals_server.execution.session import SessionState
 from petals_server.execution.states import EncodedStates, PackedStates
 from petals_server.execution.varlen import Kernel, suits
@@ -51,13 +52,14 @@ class StepRunner:
         form: Form,
         threads: ThreadPlan,
         kernel: Kernel | None = None,
-        with_graphs: bool = False,
+        with_replay: bool = False,
     ) -> None:
         """
         Args:
             first_layer: where in the cache the span's blocks begin.
             kernel: attends for all rows at once where it can.
-            with_graphs: whether turns of single tokens are replayed from recorded graphs, where CUDA can.
+            with_replay: whether turns of few tokens are replayed: on CUDA from recorded graphs, where it can, elsewhere
+                by recorded programs.
         """
         self.span = span
         self.cache = cache
@@ -66,17 +68,21 @@ class StepRunner:
         self.threads = threads
         self._kernel = kernel
         self._graphs: DecodeGraphs | None = None
+        self._programs: StepPrograms | None = None
         kinds = cache.kinds[first_layer : first_layer + span.num_blocks]
-        if with_graphs and form is Form.PACKED and span.device.type == "cuda":
+        if with_replay and form is Form.PACKED and span.device.type != "cuda" and span.quantization == "none":
+            self._programs = StepPrograms(span)
+        if with_replay and form is Form.PACKED and span.device.type == "cuda":
             if kernel is not None and all(suits(kind) for kind in kinds):
                 self._graphs = DecodeGraphs(span, cache, first_layer=first_layer, kernel=kernel)
             elif not any(kind.is_chunked for kind in kinds):
                 self._graphs = DecodeGraphs(span, cache, first_layer=first_layer, kernel=gathered.attend)
 
     @property
-    def has_graphs(self) -> bool:
-        """Whether single tokens are replayed; False once recording has failed."""
-        return self._graphs is not None and not self._graphs.is_broken
+    def can_replay(self) -> bool:
+        """Whether turns of few tokens are replayed; False once recording has failed."""
+        replay = self._graphs or self._programs
+        return replay is not None and not replay.is_broken
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> None:
@@ -119,17 +125,27 @@ class StepRunner:
         changes: Sequence[RowChange],
     ) -> torch.Tensor:
         """Hidden states of rows, on the device, through the span; the result may be overwritten by the next turn."""
-        if self._graphs is not None and self._graphs.fits(rows) and all(change.is_empty for change in changes):
+        is_plain = all(change.is_empty for change in changes)
+        if is_plain and self._graphs is not None and self._graphs.fits(rows):
             try:
                 return self._graphs.run(hidden_TH, positions_T, rows)
             except RuntimeError as error:
-                log.warning("a decode step could not be recorded: %s", str(error).splitlines()[0])
+                _note_failure(error)
         batch = Batch(rows, self.cache, first_layer=self.first_layer, kernel=self._kernel)
+        if is_plain and self._programs is not None and self._programs.fits(hidden_TH.shape[0]):
+            try:
+                return self._programs.run(hidden_TH, torch.from_numpy(positions_T).to(hidden_TH.device), batch)
+            except RecordingError as error:
+                _note_failure(error)
         if self.form is Form.PADDED:
             return compute_padded(self.span, batch, hidden_TH, positions_T, changes)
         positions_1T = torch.from_numpy(positions_T).to(hidden_TH.device)[None]
         with active(batch), changed(self.span, rows, changes):
             return self.span.forward_packed(hidden_TH[None], positions_1T, attention=attention.NAME)[0]
+
+
+def _note_failure(error: Exception) -> None:
+    log.warning("a decode step could not be recorded: %s", str(error).splitlines()[0])
 
 
 @final

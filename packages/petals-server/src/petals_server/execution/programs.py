@@ -1,0 +1,212 @@
+"""Steps of few tokens as recorded programs: the operations of blocks in one row, without the modules around them.
+
+With few tokens what a CPU does between two operations takes longer than many of them. A turn is recorded the first time
+that one of its size comes: its operations are noted as they run, and become one function that calls the same operations
+in the same order, so that results are equal to the last bit. Attention is noted as one call and looks up its batch each
+time. What depends on the content of tensors is no program, and is computed as before.
+
+Letters: T tokens of the packed row, H hidden size.
+"""
+
+# ruff: noqa: N803, N806 -- tensors are named by their shape
+
+from __future__ import annotations
+
+import logging
+import operator
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import BuiltinFunctionType, MethodDescriptorType
+from typing import Any, Final, cast
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from petals_core.models import transformers_attention
+from petals_core.models.split import Span
+from petals_server.execution import attention
+from petals_server.execution.batch import Batch, active
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS: Final = 8
+"""Turns of more tokens are computed as they are: there the operations themselves take the time."""
+_NAME: Final = "petals_recorded"
+_UNKNOWABLE: Final = (
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+)
+_state = threading.local()
+
+
+class RecordingError(Exception):
+    """A step can't be recorded; the text says why."""
+
+
+class StepPrograms:
+    """Programs of one span, by the number of tokens. Used in the device's thread."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self._programs: dict[int, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+        self.is_broken = False
+        """Recording failed once: blocks do something that no program holds."""
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether there is, or will be, a program for so many tokens."""
+        return not self.is_broken and num_tokens <= MAX_TOKENS
+
+    def run(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Compute a turn that :meth:`fits`, under ``inference_mode``.
+
+        Raises:
+            RecordingError: it can't be recorded.
+        """
+        with active(batch):
+            program = self._programs.get(hidden_TH.shape[0])
+            if program is not None:
+                return program(hidden_TH, positions_T)
+            try:
+                output_TH, program = _record(self._span, hidden_TH, positions_T)
+                if output_TH.isnan().any():
+                    return output_TH  # nothing to compare with
+                # Computing again writes the same keys and values to the same places.
+                if not torch.equal(program(hidden_TH, positions_T), output_TH):
+                    raise RecordingError("the program computes something else")
+            except Exception as error:  # whatever blocks do that no program holds
+                self.is_broken = True
+                raise RecordingError(str(error) or type(error).__name__) from error
+        self._programs[hidden_TH.shape[0]] = program
+        return output_TH
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes operations in a graph while they run."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.constants: list[torch.Tensor] = []
+        """Tensors that are older than the recording: weights."""
+        self._nodes: dict[int, Any] = {}
+        self._alive: list[Any] = []
+        """All tensors that were noted, so that no other one gets the same id."""
+        self._is_noting = True
+        for index, tensor in enumerate(inputs):
+            self._know(tensor, self.graph.placeholder(f"input_{index}"))
+        self._last_placeholder = next(reversed(self.graph.nodes))
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        # A conversion that found nothing to do, or a dropout in evaluation, gives back what it got.
+        is_idle = any(output is each for each in args) and not function._schema.is_mutable
+        if self._is_noting and not is_idle:
+            if _looks_into_tensors(function, args):
+                raise RecordingError(f"blocks look into tensors ({function})")
+            self._note(function, args, kwargs, output)
+        return output
+
+    def attend(
+        self, module: torch.nn.Module, states: Sequence[torch.Tensor], options: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, None]:
+        """Attend, and note no more than that."""
+        if any(isinstance(each, torch.Tensor) and id(each) in self._nodes for each in tree_leaves(options)):
+            raise RecordingError("attention takes options that are computed")
+
+        def attend_block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return attention.attend(module, query, key, value, None, **options)[0]
+
+        self._is_noting = False
+        try:
+            output = attend_block(*states)
+        finally:
+            self._is_noting = True
+        self._know(output, self.graph.call_function(attend_block, self._as_nodes(tuple(states))))
+        return output, None
+
+    def finish(self, output: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """The program: takes the inputs and then the constants."""
+        self.graph.output(self._as_nodes(output))
+        return cast(Callable[..., torch.Tensor], fx.GraphModule({}, self.graph).forward)
+
+    def _note(self, function: Any, given: Sequence[Any], options: dict[str, Any], output: Any) -> None:
+        """Note an operation under the name that takes least time to call."""
+        args, kwargs = self._as_nodes(tuple(given)), self._as_nodes(options)
+        name = function.overloadpacket.__name__
+        for module in (torch, torch._C._nn):
+            binding = getattr(module, name, None)
+            if isinstance(binding, BuiltinFunctionType):
+                node = self.graph.call_function(binding, args, kwargs)
+                break
+        else:
+            if isinstance(getattr(torch.Tensor, name, None), MethodDescriptorType):
+                node = self.graph.call_method(name, args, kwargs)
+            else:
+                node = self.graph.call_function(function, args, kwargs)
+        if isinstance(output, torch.Tensor):
+            self._know(output, node)
+        else:
+            for index, each in enumerate(output or ()):
+                if isinstance(each, torch.Tensor):
+                    self._know(each, self.graph.call_function(operator.getitem, (node, index)))
+
+    def _know(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def _as_nodes(self, tree: Any) -> Any:
+        return tree_map_only(torch.Tensor, self._node_of, tree)
+
+    def _node_of(self, tensor: torch.Tensor) -> fx.Node:
+        node = self._nodes.get(id(tensor))
+        if node is None:
+            with self.graph.inserting_after(self._last_placeholder):
+                node = self.graph.placeholder(f"constant_{len(self.constants)}")
+            self._last_placeholder = node
+            self.constants.append(tensor)
+            self._know(tensor, node)
+        return node
+
+
+def _looks_into_tensors(function: Any, args: Sequence[Any]) -> bool:
+    """Whether what an operation gives is not said by the shapes and numbers that it is called with."""
+    if function.overloadpacket is torch.ops.aten.index:
+        return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+    return any(tag in function.tags for tag in _UNKNOWABLE)
+
+
+def _record(
+    span: Span, hidden_TH: torch.Tensor, positions_T: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    recorder = _Recorder((hidden_TH, positions_T))
+    _state.recorder = recorder
+    try:
+        with recorder:
+            output_TH = span.forward_packed(hidden_TH[None], positions_T[None], attention=_NAME)[0]
+    finally:
+        _state.recorder = None
+    function, constants = recorder.finish(output_TH), tuple(recorder.constants)
+    return output_TH, lambda hidden_TH, positions_T: function(hidden_TH, positions_T, *constants)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """In the place of attention while a step is recorded."""
+    recorder: _Recorder = _state.recorder
+    used = {name: option for name, option in options.items() if name in attention.OPTIONS and option is not None}
+    return recorder.attend(module, (query, key, value), used)
+
+
+transformers_attention.register(_NAME, _attend)

@@ -1,0 +1,97 @@
+"""Recorded programs: what they compute, and what can't be recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from petals_core.models.checkpoint import Checkpoint
+from petals_core.models.split import load_span
+from petals_core.testing.factories import make_checkpoint
+from petals_server.cache.pages import CachePages, PageTable, plan_groups
+from petals_server.cache.tensors import CacheTensors
+from petals_server.execution import attention
+from petals_server.execution.batch import Batch, active
+from petals_server.execution.probe import Form, find_layout
+from petals_server.execution.programs import RecordingError, StepPrograms
+from petals_server.scheduling.plan import RowPart
+
+
+class Bench:
+    """A span of two blocks, a cache and one row in it."""
+
+    def __init__(self, folder: Path, family: str) -> None:
+        make_checkpoint(folder, family, num_blocks=2)
+        self.span = load_span(Checkpoint.open(folder), 0, 2)
+        layout = find_layout(self.span)
+        assert layout.form is Form.PACKED
+        windows = [kind.window for kind in layout.kinds]
+        pages = CachePages(plan_groups(windows, num_tokens=400, page_tokens=4), page_tokens=4)
+        self.cache = CacheTensors(layout.kinds, pages, dtype=torch.float32, device=torch.device("cpu"))
+        self.table: PageTable = pages.open(1)
+        self.table.grow([0], [120])
+        self.table.grow_window(0, 0, 120)
+        self.programs = StepPrograms(self.span)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def batch(self, past: int, count: int) -> Batch:
+        row = RowPart(row=0, start=0, count=count, past=past, runs=self.table.runs(0))
+        return Batch([row], self.cache, first_layer=0)
+
+    def states(self, count: int) -> torch.Tensor:
+        return torch.randn(count, 64, generator=self.generator)
+
+    @torch.inference_mode()
+    def plain(self, hidden: torch.Tensor, past: int) -> torch.Tensor:
+        positions = torch.arange(past, past + len(hidden))[None]
+        with active(self.batch(past, len(hidden))):
+            return self.span.forward_packed(hidden[None], positions, attention=attention.NAME)[0]
+
+    @torch.inference_mode()
+    def replayed(self, hidden: torch.Tensor, past: int) -> torch.Tensor:
+        positions = torch.arange(past, past + len(hidden))
+        return self.programs.run(hidden, positions, self.batch(past, len(hidden)))
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "phi3", "gpt2", "mixtral", "deepseek_v3"]
+)
+def test_programs_compute_what_the_model_computes(family: str, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, family)
+    bench.plain(bench.states(20), 0)
+    past = 20
+    for count in (1, 1, 3, 1, 8, 3, 1):
+        hidden = bench.states(count)
+        assert torch.equal(bench.replayed(hidden, past), bench.plain(hidden, past))
+        past += count
+
+
+def test_nothing_is_learnt_from_states_that_are_no_numbers(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "llama")
+    assert bench.replayed(torch.full((1, 64), float("nan")), 0).isnan().all()
+    hidden = bench.states(1)
+    assert torch.equal(bench.replayed(hidden, 0), bench.plain(hidden, 0))
+
+
+def test_blocks_that_look_into_tensors_are_not_recorded(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "llama")
+    norm = bench.span.blocks[1].input_layernorm
+    norm.register_forward_pre_hook(lambda module, args: args[0].sum().item())
+    with pytest.raises(RecordingError, match="look into tensors"):
+        bench.replayed(bench.states(1), 0)
+    assert not bench.programs.fits(1)
+
+
+def test_a_step_that_changes_what_blocks_keep_is_not_recorded(tmp_path: Path) -> None:
+    """The second time it computes something else."""
+    bench = Bench(tmp_path, "llama")
+    norm = bench.span.blocks[1].input_layernorm
+
+    def change(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        module.weight.mul_(2)
+
+    norm.register_forward_pre_hook(change)
+    with pytest.raises(RecordingError, match="something else"):
+        bench.replayed(bench.states(1), 0)
