@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -15,10 +17,18 @@ sys.path.insert(0, str(TOOLS))
 from bench import earlier, report  # noqa: E402
 from bench.conversation import Worker, WorkerError  # noqa: E402
 from bench.figures import Figure, Spread, short, speed_ratios  # noqa: E402
-from bench.plan import MODES, NETWORKS, SCENARIOS, Kind, Plan, Unit  # noqa: E402
+from bench.plan import HOP_SCENARIO, LOOPBACK, MODES, NETWORKS, SCENARIOS, Kind, Model, Plan, Unit  # noqa: E402
 from lab.settings import parse_settings  # noqa: E402
 
-PLAN = Plan(scenarios=SCENARIOS, networks=NETWORKS, modes=MODES, minutes=1.0, min_rounds=1, max_rounds=2)
+PLAN = Plan(
+    scenarios=SCENARIOS,
+    networks=NETWORKS,
+    modes=MODES,
+    minutes=1.0,
+    most_minutes=2.0,
+    min_rounds=1,
+    max_rounds=2,
+)
 TRIPS_S = {"1gbit-5ms": 0.005, "100mbit-5ms": 0.005, "100mbit-100ms": 0.1, "20mbit-40ms": 0.04, "300ms": 0.3}
 
 
@@ -50,12 +60,29 @@ def test_networks_have_the_round_trip_and_rate_that_they_are_called_by() -> None
 
 
 def test_only_swarms_run_where_a_network_makes_a_difference() -> None:
-    loopback, *others = NETWORKS
-    assert PLAN.modes_of(loopback) == list(MODES)
-    for network in others:
-        assert {mode.kind for mode in PLAN.modes_of(network)} == {Kind.SWARM, Kind.EARLIER}
-        assert PLAN.reference_of(network).name == "petals-1"
-    assert len(PLAN.cells()) == len(NETWORKS) * len(SCENARIOS)
+    for cell in PLAN.cells(model=Model.LARGE):
+        kinds = {mode.kind for mode in cell.modes}
+        if cell.network.name == LOOPBACK:
+            assert Kind.LOCAL in kinds
+            assert cell.reference.kind is Kind.LOCAL
+            assert (Kind.DISK_OFFLOAD in kinds) is (cell.scenario.num_clients == 1)
+        else:
+            assert kinds == {Kind.SWARM, Kind.EARLIER}
+            assert cell.reference.name == "petals-1"
+        assert not any(mode.has_drafts for mode in cell.modes), "random weights would repeat themselves"
+
+
+def test_a_plan_has_every_scenario_on_every_network_and_smaller_models_where_they_say_most() -> None:
+    cells = PLAN.cells()
+    large = [each for each in SCENARIOS if each.model is Model.LARGE]
+    assert len(PLAN.cells(model=Model.LARGE)) == len(NETWORKS) * len(large)
+    assert [cell.network.name for cell in PLAN.cells(model=Model.THIN)] == [LOOPBACK]
+    assert {mode.name for cell in PLAN.cells(model=Model.TEXT) for mode in cell.modes} == {
+        *("petals-3", "petals-3-drafts", "earlier-3")
+    }
+    stages = itertools.product(Model, (False, True))
+    parts = [cell for model, is_lab in stages for cell in PLAN.cells(model=model, is_lab=is_lab)]
+    assert sorted(map(repr, cells)) == sorted(map(repr, parts))
 
 
 def test_a_spread_is_the_median_and_the_quartiles() -> None:
@@ -105,21 +132,29 @@ def test_nothing_measured_is_no_picture() -> None:
     assert report.text_picture(PLAN, [figure(error="it failed")]) == ""
 
 
-def test_both_projects_are_compared_with_as_many_servers() -> None:
+def test_projects_are_compared_in_the_rounds_that_both_have() -> None:
+    hop = [dataclasses.replace(figure("loopback", mode, *values), scenario=HOP_SCENARIO) for mode, values in HOPS]
     figures = [
-        figure("loopback", "local", 10.0),
-        figure("loopback", "petals-3", 8.0, 8.0),
-        figure("loopback", "earlier-3", 4.0, 2.0),
-        figure("300ms", "petals-3", 3.0, 3.0, 3.0),
-        figure("300ms", "earlier-3", 1.0, 2.0),
+        figure("loopback", "petals-3", 8.0, 8.0, 1.0),
+        figure("loopback", "earlier-3", 4.0, 2.0, error="it hung"),
+        figure("300ms", "petals-3", 3.0),
+        figure("300ms", "disk-offload"),
+        *hop,
     ]
-    assert report.against_earlier(PLAN, figures) == [
-        ("loopback", "decode, one stream", "3", "3.00 (2.50 to 3.50)"),
-        ("300 ms", "decode, one stream", "3", "2.00 (2.00 to 2.00)"),
-        ("loopback", "added by a hop to a step", "3", "8.3 ms instead of 77.8, 9 times less"),
+    ours, theirs = "Petals, 3 servers", "Petals 2.2.0, 3 servers"
+    assert report.comparisons(PLAN, figures) == [
+        ("loopback", "decode, one stream", ours, theirs, "3.00 (2.50 to 3.50)"),
+        ("loopback", "decode, thin model", ours, theirs, "2.56 (2.28 to 2.84)"),
+        (
+            *("loopback", "software of a hop, thin model", ours, theirs),
+            "13.3 (11.7 to 15.0) ms instead of 58.3 (54.2 to 62.5) ms: 4.4 times less",
+        ),
     ]
-    assert "### Against Petals 2.2.0" in report.markdown(PLAN, figures, heading="a", facts=[], picture=None)
-    assert report.against_earlier(PLAN, FIGURES) == []
+    assert "### Comparisons" in report.markdown(PLAN, figures, heading="a", facts=[], picture=None)
+    assert report.comparisons(PLAN, FIGURES) == []
+
+
+HOPS = (("local", (20.0, 20.0)), ("petals-3", (10.0, 12.5)), ("earlier-3", (5.0, 4.0)))
 
 
 def test_a_hub_entry_is_what_the_earlier_one_reads(tmp_path: Path) -> None:
@@ -134,9 +169,11 @@ def test_a_hub_entry_is_what_the_earlier_one_reads(tmp_path: Path) -> None:
     config = json.loads((snapshot / "config.json").read_text())
     assert config["hidden_size"] == 8
     assert "rope_parameters" not in config
-    command = earlier.server_command(Path("python"), hub, (0, 4), None, host="10.0.0.3", identity=tmp_path / "key")
+    command = earlier.server_command(
+        Path("python"), hub, (0, 4), None, host="10.0.0.3", port=31331, identity=tmp_path / "key"
+    )
     assert "--new_swarm" in command
-    assert "/ip4/10.0.0.3/tcp/31330" in command
+    assert "/ip4/10.0.0.3/tcp/31331" in command
     assert earlier.address_pattern("10.0.0.3").search("at /ip4/10.0.0.3/tcp/31330/p2p/Qm1 now")
 
 

@@ -22,6 +22,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent.parent
 FOLDER: Final = ROOT / ".benchmarks" / "petals-2.2.0"
 """Git-ignored; 6 GB, most of it torch with CUDA, which is the only one that a package index has for this version."""
 MODEL_NAME: Final = "bench/llama"
+PORT: Final = 31330
 READY: Final = re.compile(r"\[INFO\] Started$")
 INSTALL_TIMEOUT_S: Final = 900.0
 _TOOLS: Final = ("setuptools<70", "wheel", "grpcio-tools==1.59.0")
@@ -145,10 +146,17 @@ def variables(hub: Path) -> Mapping[str, str]:
 
 
 def server_command(
-    python: Path, hub: Path, blocks: tuple[int, int], initial_peer: str | None, *, host: str, identity: Path
+    python: Path,
+    hub: Path,
+    blocks: tuple[int, int],
+    initial_peer: str | None,
+    *,
+    host: str,
+    port: int | None,
+    identity: Path,
 ) -> list[str]:
-    """A server's command line."""
-    address = f"/ip4/{host}/tcp/{_free_port() if host.startswith('127.') else 31330}"
+    """A server's command line; without ``port`` one that is free on loopback."""
+    address = f"/ip4/{host}/tcp/{_free_port() if port is None else port}"
     swarm = ["--new_swarm"] if initial_peer is None else ["--initial_peers", initial_peer]
     return [
         *(str(python), "-m", "petals.cli.run_server", MODEL_NAME, *swarm),

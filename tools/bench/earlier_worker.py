@@ -6,6 +6,7 @@ Runs in that version's environment, on Python 3.10: it shares nothing with the o
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any
 from bench import conversation
 
 WARM_UP_TOKENS = 3
+FEW_TOKENS = 5
+"""The prompt and as many tokens as tell a rate."""
 
 
 class Clock:
@@ -37,11 +40,12 @@ class Runner:
         import torch
 
         self._torch: Any = torch
+        self._criteria: Any = importlib.import_module("transformers").StoppingCriteriaList
         loader = importlib.import_module("petals").AutoDistributedModelForCausalLM  # not in our own environment
         self._model: Any = loader.from_pretrained(
             name, initial_peers=[address], torch_dtype=torch.float32, cache_dir=hub
         )
-        self._generate(self._tokens(1, 16), WARM_UP_TOKENS)
+        self._generate(self._tokens(1, 16), WARM_UP_TOKENS, math.inf)
 
     def run(self, scenario: dict[str, Any]) -> float:
         """Do the scenario once; return the figure in its unit."""
@@ -49,7 +53,10 @@ class Runner:
         if kind == "generate" and scenario["num_clients"] > 1:
             return self._clients(scenario)
         if kind == "generate":
-            times_s = self._generate(self._tokens(num_rows, length), scenario["new_tokens"])
+            tokens = self._tokens(num_rows, length)
+            if scenario["prompt"] is not None:
+                tokens = self._torch.tensor([scenario["prompt"]])
+            times_s = self._generate(tokens, scenario["new_tokens"], scenario["most_s"])
             return times_s[0] if scenario["first_token"] else (len(times_s) - 1) / (times_s[-1] - times_s[0])
         torch, width = self._torch, self._model.config.hidden_size
         hidden = torch.randn(num_rows, length, width, generator=torch.Generator().manual_seed(0))
@@ -72,12 +79,21 @@ class Runner:
         generator = self._torch.Generator().manual_seed(seed)
         return self._torch.randint(3, self._model.config.vocab_size, (num_rows, length), generator=generator)
 
-    def _generate(self, tokens: Any, num_tokens: int) -> list[float]:
-        """Seconds from the call to each new token."""
+    def _generate(self, tokens: Any, num_tokens: int, most_s: float) -> list[float]:
+        """Seconds from the call to each new token; after ``most_s`` few tokens do."""
         clock = Clock()
+
+        def is_over(tokens: Any, scores: Any, **options: Any) -> bool:
+            return len(clock.times_s) > FEW_TOKENS and clock.times_s[-1] - started_s > most_s
+
         started_s = time.perf_counter()
         self._model.generate(
-            tokens, do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens, streamer=clock
+            tokens,
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            stopping_criteria=self._criteria([is_over]),
+            streamer=clock,
         )
         return [time_s - started_s for time_s in clock.times_s[1:]]
 
@@ -92,7 +108,8 @@ class Runner:
                 tokens = self._tokens(1, scenario["prompt_tokens"], seed=number)
                 together.wait()
                 base_s = time.perf_counter()
-                times_s[number] = [base_s + time_s for time_s in self._generate(tokens, scenario["new_tokens"])]
+                found_s = self._generate(tokens, scenario["new_tokens"], scenario["most_s"])
+                times_s[number] = [base_s + time_s for time_s in found_s]
             except BaseException as error:
                 errors.append(error)
                 together.abort()

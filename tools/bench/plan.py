@@ -7,6 +7,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 LOOPBACK = "loopback"
+HOP_SCENARIO, HOP_SERVERS = "hop", 3
+"""What tells the software's cost of a hop, and the number of servers there."""
+
+
+class Model(StrEnum):
+    """Which model is run."""
+
+    LARGE = "bench"
+    """Random weights that take a while to compute."""
+    THIN = "thin"
+    """Wide hidden states and next to no computing: what is left of a step is the software's."""
+    TEXT = "demo"
+    """Continues text as its draft model expects."""
 
 
 class Unit(StrEnum):
@@ -32,6 +45,11 @@ class Scenario:
     num_rows: int = 1
     first_token: bool = False
     """Of ``generate``: the time to the first token counts, and not the rate of the others."""
+    weight: float = 1.0
+    """How long a round takes, roughly and relative to others: the time is divided by it."""
+    model: Model = Model.LARGE
+    networks: tuple[str, ...] | None = None
+    """Where it is measured; None: everywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +77,11 @@ class Kind(StrEnum):
         """Whether the network makes a difference to it."""
         return self in (Kind.SWARM, Kind.EARLIER)
 
+    @property
+    def is_offload(self) -> bool:
+        """Whether it moves weights while it computes, for one call at a time."""
+        return self in (Kind.CPU_OFFLOAD, Kind.DISK_OFFLOAD)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
@@ -68,11 +91,24 @@ class Mode:
     title: str
     kind: Kind
     num_servers: int = 0
+    has_drafts: bool = False
+    """Several tokens per trip (``speculation="auto"``, with the draft model), or one."""
+
+    @property
+    def swarm(self) -> str:
+        """The name of its servers, which modes may share."""
+        return f"{self.kind}-{self.num_servers}"
 
 
 SCENARIOS = (
     Scenario(
-        name="decode", title="decode, one stream", kind="generate", unit=Unit.RATE, prompt_tokens=16, new_tokens=48
+        name="decode",
+        title="decode, one stream",
+        kind="generate",
+        unit=Unit.RATE,
+        prompt_tokens=16,
+        new_tokens=48,
+        weight=3.0,
     ),
     Scenario(
         name="first-token",
@@ -83,8 +119,15 @@ SCENARIOS = (
         new_tokens=1,
         first_token=True,
     ),
-    Scenario(name="prefill-512", title="prefill of 512", kind="prefill", unit=Unit.RATE, prompt_tokens=512),
-    Scenario(name="prefill-2048", title="prefill of 2,048", kind="prefill", unit=Unit.RATE, prompt_tokens=2048),
+    Scenario(name="prefill-512", title="prefill of 512", kind="prefill", unit=Unit.RATE, prompt_tokens=512, weight=2.0),
+    Scenario(
+        name="prefill-2048",
+        title="prefill of 2,048",
+        kind="prefill",
+        unit=Unit.RATE,
+        prompt_tokens=2048,
+        weight=8.0,
+    ),
     Scenario(
         name="clients-4",
         title="decode, 4 clients together",
@@ -93,8 +136,17 @@ SCENARIOS = (
         prompt_tokens=16,
         new_tokens=24,
         num_clients=4,
+        weight=4.0,
     ),
-    Scenario(name="forward", title="forward 8 x 128", kind="forward", unit=Unit.RATE, prompt_tokens=128, num_rows=8),
+    Scenario(
+        name="forward",
+        title="forward 8 x 128",
+        kind="forward",
+        unit=Unit.RATE,
+        prompt_tokens=128,
+        num_rows=8,
+        weight=4.0,
+    ),
     Scenario(
         name="backward",
         title="forward + backward 8 x 128",
@@ -102,6 +154,29 @@ SCENARIOS = (
         unit=Unit.RATE,
         prompt_tokens=128,
         num_rows=8,
+        weight=10.0,
+    ),
+    Scenario(
+        name=HOP_SCENARIO,
+        title="decode, thin model",
+        kind="generate",
+        unit=Unit.RATE,
+        prompt_tokens=16,
+        new_tokens=64,
+        weight=3.0,
+        model=Model.THIN,
+        networks=(LOOPBACK,),
+    ),
+    Scenario(
+        name="text",
+        title="decode of text, demo model",
+        kind="generate",
+        unit=Unit.RATE,
+        prompt_tokens=16,
+        new_tokens=64,
+        weight=4.0,
+        model=Model.TEXT,
+        networks=("100mbit-100ms",),
     ),
 )
 NETWORKS = (
@@ -116,15 +191,39 @@ MODES = (
     Mode(name="local", title="Transformers, local", kind=Kind.LOCAL),
     Mode(name="petals-1", title="Petals, 1 server", kind=Kind.SWARM, num_servers=1),
     Mode(name="petals-3", title="Petals, 3 servers", kind=Kind.SWARM, num_servers=3),
+    Mode(name="petals-3-drafts", title="Petals, 3 servers, drafts", kind=Kind.SWARM, num_servers=3, has_drafts=True),
     Mode(name="earlier-1", title="Petals 2.2.0, 1 server", kind=Kind.EARLIER, num_servers=1),
     Mode(name="earlier-3", title="Petals 2.2.0, 3 servers", kind=Kind.EARLIER, num_servers=3),
     Mode(name="cpu-offload", title="accelerate, CPU offload", kind=Kind.CPU_OFFLOAD),
     Mode(name="disk-offload", title="accelerate, disk offload", kind=Kind.DISK_OFFLOAD),
 )
 # In five minutes: the figures that say most.
-QUICK_SCENARIOS = ("decode", "first-token", "prefill-512", "clients-4", "forward")
+QUICK_SCENARIOS = ("decode", "prefill-512", "clients-4", "hop", "text")
 QUICK_NETWORKS = (LOOPBACK, "100mbit-100ms")
-QUICK_MODES = ("local", "petals-1", "petals-3", "earlier-3", "cpu-offload", "disk-offload")
+QUICK_MODES = ("local", "petals-1", "petals-3", "petals-3-drafts", "earlier-3", "disk-offload")
+_MODES_OF = {
+    Model.THIN: ("local", "petals-3", "earlier-3"),
+    Model.TEXT: ("petals-3", "petals-3-drafts", "earlier-3"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A scenario on a network, and the modes that take turns there."""
+
+    network: Network
+    scenario: Scenario
+    modes: tuple[Mode, ...]
+
+    @property
+    def weight(self) -> float:
+        """How much of the time it needs, relative to other cells."""
+        return self.scenario.weight * len(self.modes)
+
+    @property
+    def reference(self) -> Mode:
+        """The mode that the others are compared with: the first."""
+        return self.modes[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,22 +234,30 @@ class Plan:
     networks: Sequence[Network]
     modes: Sequence[Mode]
     minutes: float
-    """Divided among the cells: each is measured in rounds until its share is spent."""
+    """Divided among the cells: each is measured in rounds until its share is spent, but once at least."""
+    most_minutes: float
+    """When nothing more is begun."""
     min_rounds: int
+    """Of a cell, if they take no more than twice its share."""
     max_rounds: int
 
-    def modes_of(self, network: Network) -> list[Mode]:
-        """The modes that a network makes a difference to; all, where there is none."""
-        if network.host is None:
-            return list(self.modes)
-        return [mode for mode in self.modes if mode.kind.has_network]
-
-    def cells(self) -> list[tuple[Network, Scenario]]:
-        """What is measured, in order: a network at a time."""
+    def cells(self, *, model: Model | None = None, is_lab: bool | None = None) -> list[Cell]:
+        """What is measured, in order: a network at a time. ``None``: with any model, on all networks."""
         return [
-            (network, scenario) for network in self.networks for scenario in self.scenarios if self.modes_of(network)
+            Cell(network=network, scenario=scenario, modes=modes)
+            for network in self.networks
+            for scenario in self.scenarios
+            if (model is None or scenario.model is model)
+            and (is_lab is None or (network.host is not None) is is_lab)
+            and (scenario.networks is None or network.name in scenario.networks)
+            and (modes := tuple(mode for mode in self.modes if _makes_sense(mode, network, scenario)))
         ]
 
-    def reference_of(self, network: Network) -> Mode:
-        """The mode that the others of a network are compared with: the first."""
-        return self.modes_of(network)[0]
+
+def _makes_sense(mode: Mode, network: Network, scenario: Scenario) -> bool:
+    """Whether a mode is measured in a scenario on a network."""
+    if network.host is not None and not mode.kind.has_network:
+        return False
+    if scenario.model in _MODES_OF:
+        return mode.name in _MODES_OF[scenario.model]
+    return not mode.has_drafts and not (mode.kind.is_offload and scenario.num_clients > 1)

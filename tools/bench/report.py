@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.figures import Figure, Spread, short, speed_ratios
-from bench.plan import LOOPBACK, Network, Plan, Unit
+from bench.plan import HOP_SCENARIO, HOP_SERVERS, LOOPBACK, Network, Plan, Unit
 
 BAR_CELLS = 30
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -17,6 +17,7 @@ _COLORS = {
     "local": "#4c566a",
     "petals-1": "#2e86ab",
     "petals-3": "#1b998b",
+    "petals-3-drafts": "#7cc36a",
     "earlier-1": "#8f5fae",
     "earlier-3": "#6a3d8f",
     "cpu-offload": "#c8963e",
@@ -45,46 +46,55 @@ def rows(plan: Plan, figures: Sequence[Figure], network: Network) -> list[tuple[
     return table
 
 
-_AGAINST = ("network", "scenario", "servers", "times as fast as Petals 2.2.0")
+_AGAINST = ("network", "scenario", "this project", "compared with", "times as fast")
+_COMPARED = (
+    ("petals-1", "earlier-1"),
+    ("petals-3", "earlier-3"),
+    ("petals-3-drafts", "petals-3"),
+    ("petals-3-drafts", "earlier-3"),
+    ("petals-1", "disk-offload"),
+    ("petals-3", "disk-offload"),
+)
 
 
-def against_earlier(plan: Plan, figures: Sequence[Figure]) -> list[tuple[str, str, str, str]]:
-    """How this project compares with the earlier one with as many servers, in the same rounds."""
+def comparisons(plan: Plan, figures: Sequence[Figure]) -> list[tuple[str, str, str, str, str]]:
+    """How this project compares with others, in the same rounds."""
     found = {(each.network, each.scenario, each.mode): each for each in figures}
-    table: list[tuple[str, str, str, str]] = []
+    titles = {mode.name: mode.title for mode in plan.modes}
+    table: list[tuple[str, str, str, str, str]] = []
     for network in plan.networks:
         for scenario in plan.scenarios:
-            for number in (1, 3):
-                ours, theirs = (
-                    found.get((network.name, scenario.name, f"{who}-{number}")) for who in ("petals", "earlier")
-                )
-                if ours is None or theirs is None or not ours.values or not theirs.values:
-                    continue
-                if len(ours.values) == len(theirs.values):
-                    ratios = speed_ratios(ours.unit, ours.values, theirs.values)
-                else:
-                    medians = [[Spread.of(each.values).median] for each in (ours, theirs)]
-                    ratios = speed_ratios(ours.unit, *medians)
-                table.append((network.title, scenario.title, str(number), str(Spread.of(ratios))))
-    for number in (1, 3):
-        hops = [_hop_s(found, f"{who}-{number}", number) for who in ("petals", "earlier")]
-        if hops[0] is not None and hops[1] is not None:
-            ours_ms, theirs_ms = (f"{1000 * hop:.1f}" for hop in hops if hop is not None)
-            share = f", {hops[1] / hops[0]:.0f} times less" if hops[0] > 0 else ""
-            table.append(
-                (LOOPBACK, "added by a hop to a step", str(number), f"{ours_ms} ms instead of {theirs_ms}{share}")
-            )
+            for our_name, their_name in _COMPARED:
+                ours = found.get((network.name, scenario.name, our_name))
+                theirs = found.get((network.name, scenario.name, their_name))
+                if ours is not None and theirs is not None and ours.values and theirs.values:
+                    ratios = speed_ratios(ours.unit, *_pairs(ours, theirs))
+                    pair = titles[our_name], titles[their_name]
+                    table.append((network.title, scenario.title, *pair, str(Spread.of(ratios))))
+    ours_s, theirs_s = (_hop_s(found, f"{who}-{HOP_SERVERS}") for who in ("petals", "earlier"))
+    if ours_s and theirs_s:
+        pair = titles[f"petals-{HOP_SERVERS}"], titles[f"earlier-{HOP_SERVERS}"]
+        hops = [Spread.of([1000 * each_s for each_s in hop_s]) for hop_s in (ours_s, theirs_s)]
+        text = f"{hops[0]} ms instead of {hops[1]} ms"
+        if hops[0].median > 0:
+            text += f": {hops[1].median / hops[0].median:.1f} times less"
+        table.append((LOOPBACK, "software of a hop, thin model", *pair, text))
     return table
 
 
-def _hop_s(found: dict[tuple[str, str, str], Figure], mode: str, num_servers: int) -> float | None:
-    """What each server adds to a local step, by the medians of decoding on loopback."""
-    spreads = [
-        figure.spread
-        for each in (mode, "local")
-        if (figure := found.get((LOOPBACK, "decode", each))) is not None and figure.spread is not None
-    ]
-    return (1 / spreads[0].median - 1 / spreads[1].median) / num_servers if len(spreads) == 2 else None
+def _pairs(ours: Figure, theirs: Figure) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Values of the rounds that both have: who fails takes no part in the rounds behind it."""
+    count = min(len(ours.values), len(theirs.values))
+    return ours.values[:count], theirs.values[:count]
+
+
+def _hop_s(found: dict[tuple[str, str, str], Figure], mode: str) -> list[float]:
+    """What each server adds to a local step of the thin model, round by round."""
+    figures = [found.get((LOOPBACK, HOP_SCENARIO, name)) for name in (mode, "local")]
+    if figures[0] is None or figures[1] is None:
+        return []
+    rates = zip(*_pairs(figures[0], figures[1]), strict=True)
+    return [(1 / remote - 1 / local) / HOP_SERVERS for remote, local in rates]
 
 
 _HEADINGS = ("scenario", "mode", "median (quartiles)", "times as fast", "remark")
@@ -104,8 +114,8 @@ def print_tables(console: Console, plan: Plan, figures: Sequence[Figure]) -> Non
             table.add_row(row[0] if row[0] != last else "", *row[1:])
             last = row[0]
         console.print(table)
-    if compared := against_earlier(plan, figures):
-        table = Table(*_AGAINST, title="Against Petals 2.2.0")
+    if compared := comparisons(plan, figures):
+        table = Table(*_AGAINST, title="Comparisons")
         for line in compared:
             table.add_row(*line)
         console.print(table)
@@ -126,9 +136,9 @@ def markdown(plan: Plan, figures: Sequence[Figure], *, heading: str, facts: Sequ
         lines = [_markdown_row(_HEADINGS[:width]), _markdown_row(["---"] * width)]
         lines += [_markdown_row(row[:width]) for row in found]
         parts.append(f"### {network.title}\n\n" + "\n".join(lines))
-    if compared := against_earlier(plan, figures):
-        lines = [_markdown_row(_AGAINST), _markdown_row(["---"] * 4), *map(_markdown_row, compared)]
-        parts.append("### Against Petals 2.2.0\n\n" + "\n".join(lines))
+    if compared := comparisons(plan, figures):
+        lines = [_markdown_row(_AGAINST), _markdown_row(["---"] * len(_AGAINST)), *map(_markdown_row, compared)]
+        parts.append("### Comparisons\n\n" + "\n".join(lines))
     parts.append("Medians with quartiles. *Times as fast*: ratios of the same round, in which the modes take turns.")
     return "\n\n".join(parts) + "\n"
 

@@ -4,165 +4,230 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import local_swarm
-from bench import earlier
+from bench import earlier, text
 from bench.conversation import Worker, WorkerError
 from bench.figures import Figure, speed_ratios
 from bench.memory_limit import MemoryLimit, memory_limit
-from bench.plan import Kind, Mode, Network, Plan, Scenario
+from bench.plan import Cell, Kind, Mode, Model, Network, Plan
 from lab import router, sandbox
 
 TOOLS = Path(__file__).resolve().parent.parent
 LAB_HOSTS = ("client", "directory", "server1", "server2", "server3")
 """Hosts of the lab that the suite runs in."""
 NO_LIMITS = "delay=0ms,rate=unlimited"
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 120.0
 DISK_SHARE = 0.5
 """Disk offloading gets memory for this share of the model's weights."""
+STOP_TIMEOUT_S = 2.0
+"""Servers of Petals 2.2.0 leave nothing behind that a longer wait would save."""
+LEAST_DECODING_S = 2.0
+"""So long one mode decodes in one round at least, however many modes and cells there are."""
+_TIME_IS_UP = "not measured, because the time was up"
+_WARM_ROUNDS = 3
+"""So many rounds, and the first one only warms up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model that is run."""
+
+    title: str
+    folder: Path
+    num_blocks: int
+    weight_bytes: int
+    hub: Path
+    """A cache of the hub with this model alone, for Petals 2.2.0."""
+    prompts: Sequence[Sequence[int]] | None
+    """What is continued, one a round; None: any tokens."""
 
 
 class Suite:
-    """One run of a plan with one model."""
+    """One run of a plan."""
 
     def __init__(
         self,
         plan: Plan,
-        model: Path,
+        models: Mapping[Model, Checkpoint],
         scratch: Path,
         *,
-        num_blocks: int,
-        weight_bytes: int,
         timeout_s: float,
         say: Callable[[str], None],
     ) -> None:
         self.notes: list[str] = []
         """What readers of the figures must know."""
         self._plan = plan
-        self._model = model
+        self.models = models
         self._scratch = scratch
-        self._num_blocks = num_blocks
-        self._weight_bytes = weight_bytes
         self._timeout_s = timeout_s
         self._say = say
         self._earlier: Path | None = None
         """The Python of Petals 2.2.0."""
-        self._hub = scratch / "hub" / "hub"
+        self._num_servers = 0
+        self._end_s = self._last_s = 0.0
+        self._weight_left = 0.0
 
     def run(self) -> Iterator[Figure]:
-        """Measure everything; figures come as soon as their cell is done."""
+        """Measure everything; figures come as soon as their cell is done. What fails is a figure that says why."""
         self._leave_out_what_is_missing()
-        end_s = time.monotonic() + 60 * self._plan.minutes
-        cells_left = len(self._plan.cells())
+        now_s = time.monotonic()
+        self._end_s, self._last_s = now_s + 60 * self._plan.minutes, now_s + 60 * self._plan.most_minutes
+        self._weight_left = sum(cell.weight for cell in self._plan.cells())
         for is_lab in (False, True):
-            networks = [network for network in self._plan.networks if (network.host is not None) is is_lab]
-            if not networks:
-                continue
-            with contextlib.ExitStack() as stack:
-                modes = self._plan.modes_of(networks[0])
-                swarms = {
-                    mode.name: stack.enter_context(self._swarm(mode, is_lab)) for mode in modes if mode.kind.has_network
-                }
-                for network in networks:
-                    if network.host is not None:
-                        router.ask(sandbox.current_folder(), dict.fromkeys(LAB_HOSTS, network.host))
-                    with _Workers(self, network, swarms) as workers:
-                        for scenario in self._plan.scenarios:
-                            share_s = (end_s - time.monotonic()) / cells_left
-                            self._say(f"{network.title}: {scenario.title}")
-                            yield from self._measure(network, scenario, workers, share_s)
-                            cells_left -= 1
-                    if network.host is not None:  # the next one begins, and the swarm ends, on quick links
-                        router.ask(sandbox.current_folder(), dict.fromkeys(LAB_HOSTS, NO_LIMITS))
+            for model in Model:
+                cells = self._plan.cells(model=model, is_lab=is_lab)
+                if cells and self._is_late:
+                    yield from (self._nothing(cell, mode, _TIME_IS_UP) for cell in cells for mode in cell.modes)
+                elif cells:
+                    with contextlib.ExitStack() as stack:
+                        yield from self._run_stage(model, cells, stack, is_lab=is_lab)
 
-    def _measure(self, network: Network, scenario: Scenario, workers: _Workers, share_s: float) -> Iterator[Figure]:
-        """Let the modes take turns until the time is spent. The first round warms up, and counts only if it has to."""
-        modes = self._plan.modes_of(network)
+    @property
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._last_s
+
+    def _limit_s(self, most_s: float) -> float:
+        """So long may something take that is begun now."""
+        return max(1.0, min(most_s, self._last_s - time.monotonic()))
+
+    def _run_stage(
+        self, model: Model, cells: list[Cell], stack: contextlib.ExitStack, *, is_lab: bool
+    ) -> Iterator[Figure]:
+        """Measure cells that share servers."""
+        addresses: dict[str, str | Exception] = {}
+        for mode in {mode.swarm: mode for cell in cells for mode in cell.modes if mode.kind.has_network}.values():
+            title = mode.title.partition(", drafts")[0]
+            self._say(f"starting {title}{' in the network lab' if is_lab else ''}, {model} model")
+            try:
+                addresses[mode.swarm] = stack.enter_context(self._swarm(mode, self.models[model], is_lab=is_lab))
+            except local_swarm.ProcessError as error:
+                self._say(f"  {title}: {error}")
+                addresses[mode.swarm] = error
+        for network in dict.fromkeys(cell.network for cell in cells):
+            if network.host is not None:
+                router.ask(sandbox.current_folder(), dict.fromkeys(LAB_HOSTS, network.host))
+            with _Workers(self, model, network, addresses) as workers:
+                for cell in cells:
+                    if cell.network is network:
+                        yield from self._measure(cell, workers)
+            if network.host is not None:  # the next one begins, and the swarm ends, on quick links
+                router.ask(sandbox.current_folder(), dict.fromkeys(LAB_HOSTS, NO_LIMITS))
+
+    def _measure(self, cell: Cell, workers: _Workers) -> Iterator[Figure]:
+        """Let the modes take turns until the time is spent; of several rounds the first one only warms up."""
+        share_s = max(0.0, self._end_s - time.monotonic()) * cell.weight / self._weight_left
+        self._weight_left -= cell.weight
+        self._say(f"{cell.network.title}: {cell.scenario.title} ({share_s:.0f} s)")
         rounds: list[dict[str, float | None]] = []
         errors: dict[str, str] = {}
+        for mode in cell.modes:  # starting them is not part of the first round
+            self._attempt(mode, errors, functools.partial(workers.of, mode), workers)
         started_s = time.monotonic()
-        while len(rounds) <= self._plan.max_rounds:
-            elapsed_s = time.monotonic() - started_s
-            mean_s = elapsed_s / len(rounds) if rounds else 0.0
-            if len(rounds) >= self._plan.min_rounds and elapsed_s + mean_s > share_s:
-                break
-            current: dict[str, float | None] = dict.fromkeys((mode.name for mode in modes), None)
-            for mode in modes:
-                if mode.name in errors:
-                    continue
-                try:
-                    request = dataclasses.asdict(scenario)
-                    current[mode.name] = workers.of(mode).ask(request, self._timeout_s)["value"]
-                except (WorkerError, local_swarm.ProcessError) as error:
-                    errors[mode.name] = str(error)
-                    self._say(f"  {mode.title}: {error}")
-                    workers.drop(mode)  # after an error nobody knows what state it is in
+        most_s = max(LEAST_DECODING_S, share_s / len(cell.modes) / (self._plan.min_rounds + 1))
+        while len(rounds) < self._plan.max_rounds and len(errors) < len(cell.modes) and not self._is_late:
+            expected_s = time.monotonic() - started_s
+            if rounds:
+                expected_s *= 1 + 1 / len(rounds)
+                is_enough = len(rounds) >= self._plan.min_rounds
+                if expected_s > (share_s if is_enough else 2 * share_s):
+                    break
+            request = workers.request(cell, len(rounds), most_s)
+            current: dict[str, float | None] = dict.fromkeys((mode.name for mode in cell.modes), None)
+            for mode in cell.modes:
+                if mode.name not in errors and not self._is_late:
+                    ask = functools.partial(workers.ask, mode, request, self._limit_s(self._timeout_s))
+                    current[mode.name] = self._attempt(mode, errors, ask, workers)
             rounds.append(current)
-            if len(errors) == len(modes):
-                break
-        if len(rounds) > self._plan.min_rounds:
+        if len(rounds) >= _WARM_ROUNDS:
             del rounds[0]
-        reference = self._plan.reference_of(network).name
-        for mode in modes:
+        for mode in cell.modes:
             values = [each[mode.name] for each in rounds]
-            theirs = [each[reference] for each in rounds]
-            yield Figure(
-                network=network.name,
-                scenario=scenario.name,
-                mode=mode.name,
-                unit=scenario.unit,
-                values=tuple(value for value in values if value is not None),
-                reference=reference,
-                ratios=() if mode.name == reference else speed_ratios(scenario.unit, values, theirs),
-                error=errors.get(mode.name),
-            )
+            found = tuple(value for value in values if value is not None)
+            theirs = [each[cell.reference.name] for each in rounds]
+            figure = self._nothing(cell, mode, errors.get(mode.name) or (None if found else _TIME_IS_UP))
+            ratios = () if mode == cell.reference else speed_ratios(cell.scenario.unit, values, theirs)
+            yield dataclasses.replace(figure, values=found, ratios=ratios)
+
+    def _attempt(self, mode: Mode, errors: dict[str, str], action: Callable[[], Any], workers: _Workers) -> Any:
+        """What ``action`` returns, or None where it fails: then the mode has an error, and a new worker next time."""
+        try:
+            return action()
+        except (WorkerError, local_swarm.ProcessError) as error:
+            errors[mode.name] = str(error).partition("\n")[0]
+            self._say(f"  {mode.title}: {error}")
+            workers.drop(mode)  # after an error nobody knows what state it is in
+            return None
+
+    def _nothing(self, cell: Cell, mode: Mode, error: str | None) -> Figure:
+        return Figure(
+            network=cell.network.name,
+            scenario=cell.scenario.name,
+            mode=mode.name,
+            unit=cell.scenario.unit,
+            values=(),
+            reference=cell.reference.name,
+            ratios=(),
+            error=error,
+        )
 
     @contextlib.contextmanager
-    def _swarm(self, mode: Mode, is_lab: bool) -> Iterator[str]:
+    def _swarm(self, mode: Mode, model: Checkpoint, *, is_lab: bool) -> Iterator[str]:
         """Servers for a mode; gives the address to join by."""
-        self._say(f"starting {mode.title}{' in the network lab' if is_lab else ''}")
         if mode.kind is Kind.EARLIER:
-            with self._earlier_swarm(mode, is_lab) as address:
+            with self._earlier_swarm(mode, model, is_lab=is_lab) as address:
                 yield address
             return
         with local_swarm.LocalSwarm() as swarm:
             swarm.start_bootstrap(place=place("directory", is_lab))
             servers = [
-                swarm.start_server(self._model, start, end, place=place(f"server{number}", is_lab))
-                for number, (start, end) in enumerate(local_swarm.spans(self._num_blocks, mode.num_servers), 1)
+                swarm.start_server(model.folder, start, end, place=place(f"server{number}", is_lab))
+                for number, (start, end) in enumerate(local_swarm.spans(model.num_blocks, mode.num_servers), 1)
             ]
             for server in servers:
-                server.wait_for(local_swarm.READY, START_TIMEOUT_S)
+                server.wait_for(local_swarm.READY, self._limit_s(START_TIMEOUT_S))
             yield swarm.address
 
     @contextlib.contextmanager
-    def _earlier_swarm(self, mode: Mode, is_lab: bool) -> Iterator[str]:
+    def _earlier_swarm(self, mode: Mode, model: Checkpoint, *, is_lab: bool) -> Iterator[str]:
         """Servers of Petals 2.2.0, the first of which others join by."""
         assert self._earlier is not None
         address: str | None = None
         servers: list[local_swarm.Process] = []
         with contextlib.ExitStack() as stack:
-            for number, blocks in enumerate(local_swarm.spans(self._num_blocks, mode.num_servers), 1):
+            for number, blocks in enumerate(local_swarm.spans(model.num_blocks, mode.num_servers), 1):
                 where = place(f"server{number}", is_lab)
-                identity = self._scratch / f"{mode.name}-{number}{'-lab' if is_lab else ''}.key"
+                self._num_servers += 1  # no two share a port or a key
                 command = earlier.server_command(
-                    self._earlier, self._hub, blocks, address, host=where.host, identity=identity
+                    self._earlier,
+                    model.hub,
+                    blocks,
+                    address,
+                    host=where.host,
+                    port=earlier.PORT + self._num_servers if is_lab else None,
+                    identity=self._scratch / f"earlier-{self._num_servers}.key",
                 )
-                environment = {**os.environ, **earlier.variables(self._hub)}
+                environment = {**os.environ, **earlier.variables(model.hub)}
                 server = local_swarm.Process(f"{mode.title} {number}", [*where.prefix, *command], environment)
-                stack.callback(server.stop)
+                stack.callback(server.stop, STOP_TIMEOUT_S)
                 servers.append(server)
                 if address is None:
-                    address = server.wait_for(earlier.address_pattern(where.host), START_TIMEOUT_S)[1][0]
+                    pattern = earlier.address_pattern(where.host)
+                    address = server.wait_for(pattern, self._limit_s(START_TIMEOUT_S))[1][0]
             for server in servers:
-                server.wait_for(earlier.READY, START_TIMEOUT_S)
+                server.wait_for(earlier.READY, self._limit_s(START_TIMEOUT_S))
             assert address is not None
             yield address
+            for server in servers:
+                server.interrupt()
 
     def _leave_out_what_is_missing(self) -> None:
         """Get Petals 2.2.0 ready, if it is to be measured, or go on without it."""
@@ -176,9 +241,12 @@ class Suite:
             modes = [mode for mode in self._plan.modes if mode.kind is not Kind.EARLIER]
             self._plan = dataclasses.replace(self._plan, modes=modes)
             return
-        earlier.make_hub(self._model, self._hub)
+        for model in self.models.values():
+            earlier.make_hub(model.folder, model.hub)
 
-    def start_worker(self, mode: Mode, network: Network, address: str, stack: contextlib.ExitStack) -> Worker:
+    def start_worker(
+        self, mode: Mode, model: Checkpoint, network: Network, address: str, stack: contextlib.ExitStack
+    ) -> Worker:
         """Start the process that runs a mode; it is stopped with ``stack``.
 
         Raises:
@@ -186,21 +254,23 @@ class Suite:
         """
         prefix = place("client", network.host is not None).prefix if mode.kind.has_network else ()
         if mode.kind is Kind.EARLIER:
-            program = [str(self._earlier), "-m", "bench.earlier_worker", earlier.MODEL_NAME, address, str(self._hub)]
-            worker = Worker(mode.name, [*prefix, *program], {**earlier.variables(self._hub), "PYTHONPATH": str(TOOLS)})
+            program = [str(self._earlier), "-m", "bench.earlier_worker", earlier.MODEL_NAME, address, str(model.hub)]
+            variables = {**earlier.variables(model.hub), "PYTHONPATH": str(TOOLS)}
+            worker = Worker(mode.name, [*prefix, *program], variables)
             stack.callback(worker.stop)
-            worker.receive(START_TIMEOUT_S)
+            worker.receive(self._limit_s(START_TIMEOUT_S))
             return worker
-        program = [sys.executable, "-m", "bench.worker"]
-        scratch = self._scratch / mode.name
+        scratch = self._scratch / f"{mode.name}-{model.num_blocks}"
         scratch.mkdir(exist_ok=True)
-        arguments = [*prefix, *program, mode.kind, str(self._model), address, str(scratch)]
-        worker = Worker(mode.name, arguments, {"PYTHONPATH": str(TOOLS)})
+        draft = str(text.DRAFT) if mode.has_drafts else ""
+        arguments = [mode.kind, str(model.folder), address, str(scratch), draft]
+        program = [*prefix, sys.executable, "-m", "bench.worker", *arguments]
+        worker = Worker(mode.name, program, {"PYTHONPATH": str(TOOLS)})
         group = self._memory_group(worker, stack) if mode.kind is Kind.DISK_OFFLOAD else None
         stack.callback(worker.stop)
-        worker.receive(START_TIMEOUT_S)
+        worker.receive(self._limit_s(START_TIMEOUT_S))
         if group is not None:
-            num_bytes = group.own_bytes() + int(DISK_SHARE * self._weight_bytes)
+            num_bytes = group.own_bytes() + int(DISK_SHARE * model.weight_bytes)
             group.limit(num_bytes)
             self._note(
                 f"disk offload: memory for {DISK_SHARE:.0%} of the weights beside what the process had taken when it "
@@ -226,8 +296,9 @@ class Suite:
 class _Workers:
     """The processes of one network; each is started when it is first needed, and again when it has failed."""
 
-    def __init__(self, suite: Suite, network: Network, addresses: dict[str, str]) -> None:
+    def __init__(self, suite: Suite, model: Model, network: Network, addresses: Mapping[str, str | Exception]) -> None:
         self._suite = suite
+        self._model = suite.models[model]
         self._network = network
         self._addresses = addresses
         self._stacks: dict[str, contextlib.ExitStack] = {}
@@ -241,18 +312,37 @@ class _Workers:
             for each in self._stacks.values():
                 stack.push(each)
 
+    def request(self, cell: Cell, number: int, most_s: float) -> dict[str, Any]:
+        """What the workers of a cell are asked in one round: to decode no longer than ``most_s``."""
+        prompts = self._model.prompts
+        prompt = None if prompts is None else prompts[number % len(prompts)]
+        return {**dataclasses.asdict(cell.scenario), "most_s": most_s, "prompt": prompt}
+
     def of(self, mode: Mode) -> Worker:
-        """The worker of a mode."""
+        """The worker of a mode.
+
+        Raises:
+            WorkerError: it couldn't be started.
+            ProcessError: its servers couldn't.
+        """
         if mode.name not in self._workers:
+            address = self._addresses[mode.swarm] if mode.kind.has_network else ""
+            if isinstance(address, Exception):
+                raise address
             stack = self._stacks[mode.name] = contextlib.ExitStack()
-            address = self._addresses.get(mode.name, "")
-            self._workers[mode.name] = self._suite.start_worker(mode, self._network, address, stack)
+            self._workers[mode.name] = self._suite.start_worker(mode, self._model, self._network, address, stack)
         return self._workers[mode.name]
+
+    def ask(self, mode: Mode, request: Mapping[str, Any], timeout_s: float) -> float:
+        """The figure of a mode in one round; ``of`` and ``Worker.ask`` say what is raised."""
+        value: float = self.of(mode).ask(request, timeout_s)["value"]
+        return value
 
     def drop(self, mode: Mode) -> None:
         """Stop the worker of a mode; the next one is new."""
         self._workers.pop(mode.name, None)
-        self._stacks.pop(mode.name).close()
+        if stack := self._stacks.pop(mode.name, None):
+            stack.close()
 
 
 def place(host: str, is_lab: bool) -> local_swarm.Place:

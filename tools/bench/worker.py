@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -9,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from bench import conversation
-from bench.plan import Kind, Scenario
+from bench.plan import Kind
 
 WARM_UP_TOKENS = 3
+FEW_TOKENS = 5
+"""The prompt and as many tokens as tell a rate."""
 MAX_OFFLOAD_TOKENS = 6
 """Offloading reads all weights for each token: a few tell its rate, and more would take minutes."""
 
@@ -19,29 +22,35 @@ MAX_OFFLOAD_TOKENS = 6
 class Runner:
     """A model, however it runs."""
 
-    def __init__(self, kind: Kind, folder: str, address: str | None, scratch: str) -> None:
+    def __init__(self, kind: Kind, folder: str, address: str | None, scratch: str, draft: str | None) -> None:
         import torch
 
         self._torch = torch
         self._is_swarm = kind is Kind.SWARM
-        self._one_at_a_time = kind in (Kind.CPU_OFFLOAD, Kind.DISK_OFFLOAD)
+        self._is_offload = kind.is_offload
+        self._options: dict[str, Any] = {}
+        if kind is Kind.SWARM:
+            self._options = {"speculation": "auto", "draft_model": draft} if draft else {"speculation": "off"}
         self._model = _load(kind, folder, address, scratch)
-        self._generate(self._tokens(1, 16), WARM_UP_TOKENS)
+        self._generate(self._tokens(1, 16), WARM_UP_TOKENS, math.inf)
 
-    def run(self, scenario: Scenario) -> float:
-        """Do the scenario once; return the figure in its unit."""
-        if scenario.kind == "generate" and scenario.num_clients > 1:
-            return self._clients(scenario)
-        tokens = self._tokens(scenario.num_rows, scenario.prompt_tokens)
-        if scenario.kind == "generate":
-            most = MAX_OFFLOAD_TOKENS if self._one_at_a_time else scenario.new_tokens
-            times_s = self._generate(tokens, min(scenario.new_tokens, most))
-            return times_s[0] if scenario.first_token else (len(times_s) - 1) / (times_s[-1] - times_s[0])
+    def run(self, request: dict[str, Any]) -> float:
+        """Do a scenario once; return the figure in its unit."""
+        kind, num_rows, length = request["kind"], request["num_rows"], request["prompt_tokens"]
+        if kind == "generate" and request["num_clients"] > 1:
+            return self._clients(request)
+        tokens = self._tokens(num_rows, length)
+        if kind == "generate":
+            if request["prompt"] is not None:
+                tokens = self._torch.tensor([request["prompt"]])
+            most = MAX_OFFLOAD_TOKENS if self._is_offload else request["new_tokens"]
+            times_s = self._generate(tokens, min(request["new_tokens"], most), request["most_s"])
+            return rate(times_s) if not request["first_token"] else times_s[0]
         action: Callable[[], None] = {
             "prefill": lambda: self._prefill(tokens),
-            "forward": lambda: self._forward(scenario),
-            "backward": lambda: self._backward(scenario),
-        }[scenario.kind]
+            "forward": lambda: self._forward(num_rows, length),
+            "backward": lambda: self._backward(num_rows, length),
+        }[kind]
         started_s = time.perf_counter()
         action()
         return tokens.numel() / (time.perf_counter() - started_s)
@@ -50,11 +59,17 @@ class Runner:
         generator = self._torch.Generator().manual_seed(seed)
         return self._torch.randint(3, self._model.config.vocab_size, (num_rows, length), generator=generator)
 
-    def _generate(self, tokens: Any, num_tokens: int) -> list[float]:
-        """Seconds from the call to each new token."""
+    def _generate(self, tokens: Any, num_tokens: int, most_s: float) -> list[float]:
+        """Seconds from the call to each new token; after ``most_s`` few tokens do."""
         from bench_hop import Clock
 
         clock = Clock()
+
+        def is_over(tokens: Any, scores: Any, **options: Any) -> Any:
+            times_s = clock.times_s
+            is_late = len(times_s) > FEW_TOKENS and times_s[-1] - started_s > most_s
+            return self._torch.full((tokens.shape[0],), is_late)
+
         started_s = time.perf_counter()
         self._model.generate(
             tokens,
@@ -63,29 +78,30 @@ class Runner:
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             streamer=clock,
-            **({"speculation": "off"} if self._is_swarm else {}),
+            stopping_criteria=[is_over],
+            **self._options,
         )
         return [time_s - started_s for time_s in clock.times_s[1:]]
 
-    def _clients(self, scenario: Scenario) -> float:
+    def _clients(self, request: dict[str, Any]) -> float:
         """Tokens per second of several clients together, while all of them are generating."""
-        if self._one_at_a_time:
-            raise NotImplementedError("accelerate's hooks load weights for one thread at a time")
-        times_s: list[list[float]] = [[] for _ in range(scenario.num_clients)]
+        num_clients = request["num_clients"]
+        times_s: list[list[float]] = [[] for _ in range(num_clients)]
         errors: list[BaseException] = []
-        together = threading.Barrier(scenario.num_clients)
+        together = threading.Barrier(num_clients)
 
         def client(number: int) -> None:
             try:
-                tokens = self._tokens(1, scenario.prompt_tokens, seed=number)
+                tokens = self._tokens(1, request["prompt_tokens"], seed=number)
                 together.wait()
                 base_s = time.perf_counter()
-                times_s[number] = [base_s + time_s for time_s in self._generate(tokens, scenario.new_tokens)]
+                found_s = self._generate(tokens, request["new_tokens"], request["most_s"])
+                times_s[number] = [base_s + time_s for time_s in found_s]
             except BaseException as error:
                 errors.append(error)
                 together.abort()
 
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(scenario.num_clients)]
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(num_clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -105,20 +121,23 @@ class Runner:
             else:
                 self._model(tokens, use_cache=True, logits_to_keep=1)
 
-    def _forward(self, scenario: Scenario) -> None:
+    def _forward(self, num_rows: int, length: int) -> None:
         with self._torch.inference_mode():
-            self._model.model(inputs_embeds=self._hidden(scenario), use_cache=False)
+            self._model.model(inputs_embeds=self._hidden(num_rows, length), use_cache=False)
 
-    def _backward(self, scenario: Scenario) -> None:
-        hidden = self._hidden(scenario).requires_grad_()
+    def _backward(self, num_rows: int, length: int) -> None:
+        hidden = self._hidden(num_rows, length).requires_grad_()
         self._model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state.sum().backward()
         assert hidden.grad is not None
 
-    def _hidden(self, scenario: Scenario) -> Any:
+    def _hidden(self, num_rows: int, length: int) -> Any:
         generator = self._torch.Generator().manual_seed(0)
-        return self._torch.randn(
-            scenario.num_rows, scenario.prompt_tokens, self._model.config.hidden_size, generator=generator
-        )
+        return self._torch.randn(num_rows, length, self._model.config.hidden_size, generator=generator)
+
+
+def rate(times_s: list[float]) -> float:
+    """Tokens per second behind the first."""
+    return (len(times_s) - 1) / (times_s[-1] - times_s[0])
 
 
 def _load(kind: Kind, folder: str, address: str | None, scratch: str) -> Any:
@@ -150,11 +169,11 @@ def _load(kind: Kind, folder: str, address: str | None, scratch: str) -> Any:
 
 
 def main() -> None:
-    kind, folder, address, scratch = sys.argv[1:]
+    kind, folder, address, scratch, draft = sys.argv[1:]
 
     def start() -> Callable[[dict[str, Any]], dict[str, Any]]:
-        runner = Runner(Kind(kind), folder, address or None, scratch)
-        return lambda request: {"value": runner.run(Scenario(**request))}
+        runner = Runner(Kind(kind), folder, address or None, scratch, draft or None)
+        return lambda request: {"value": runner.run(request)}
 
     conversation.answer(start)
 
