@@ -96,15 +96,16 @@ def weigh(console: Console) -> bool:
         "int8": (Encoding.INT8, False),
         "int8, zstd": (Encoding.INT8, True),
     }
-    table = Table("leg", *forms, title=f"Bytes of a prefill of {rows.numel():,} tokens")
+    table = Table("leg", *forms, "int8, zstd of float16", title=f"Bytes of a prefill of {rows.numel():,} tokens")
     sums = dict.fromkeys(forms, 0)
     for leg, block in zip(LEGS, places, strict=True):
         whole = (before_norm[0] if block == 8 else states[block]).flatten(0, 1)
         sizes = {name: num_bytes(whole, encoding, is_packed=packed) for name, (encoding, packed) in forms.items()}
-        table.add_row(leg, *(f"{size:,}" for size in sizes.values()))
+        table.add_row(leg, *(f"{size:,}" for size in sizes.values()), f"{sizes['int8, zstd'] / sizes['float16']:.3f}")
         sums = {name: sums[name] + sizes[name] for name in forms}
     table.add_section()
-    table.add_row("all", *(f"{size:,}" for size in sums.values()))
+    share = sums["int8, zstd"] / sums["float16"]
+    table.add_row("all", *(f"{size:,}" for size in sums.values()), f"{share:.3f}")
     table.add_row("of float32", *(f"{size / sums['float32']:.3f}" for size in sums.values()))
     table.add_row("of float16", *(f"{size / sums['float16']:.3f}" for size in sums.values()))
     console.print(table)
@@ -115,10 +116,9 @@ def weigh(console: Console) -> bool:
             stack.callback(layer.register_forward_pre_hook(hook).remove)
         stack.callback(model.model.norm.register_forward_pre_hook(hook).remove)
         lossy = perplexity(model, rows)
-    share = sums["int8, zstd"] / sums["float16"]
     console.print(
-        f"int8: {share:.3f} of float16 (at most {MAX_INT8}); perplexity {exact:.4f} exact, {lossy:.4f} in int8, "
-        f"{100 * (lossy / exact - 1):+.3f} %"
+        f"int8: {share:.3f} of float16 for the whole prefill (at most {MAX_INT8}); perplexity {exact:.4f} exact, "
+        f"{lossy:.4f} in int8, {100 * (lossy / exact - 1):+.3f} %"
     )
     return share <= MAX_INT8
 

@@ -36,11 +36,11 @@ from transformers.utils import logging
 import local_swarm
 from bench.figures import Spread
 from bench.suite import LAB_HOSTS, place
-from demo_model import corpus, tokenizer
-from make_demo_model import HELDOUT_SHARE, ROOT
+from bench.text import DEMO, DRAFT, beginnings
+from demo_model import corpus
+from make_demo_model import HELDOUT_SHARE
 from petals_client import AutoDistributedModelForCausalLM
 
-DEMO, DRAFT = ROOT / "models" / "demo", ROOT / "models" / "demo-draft"
 LAB = "delay=25ms"
 READY_TIMEOUT_S = 120.0
 PROMPT_TOKENS = 16
@@ -72,6 +72,8 @@ class Outcome:
     on: Spread
     ratio: Spread
     tokens_per_trip: float
+    beside_trips: float
+    """Share of the time with drafts in which nothing was on its way: all that drafting meanwhile could ever save."""
     is_same: bool
     ratio_target: float | None
     trip_target: float | None
@@ -124,10 +126,7 @@ def cases() -> list[Case]:
 
 def prompts(count: int) -> list[torch.Tensor]:
     """Beginnings of text that the models have not seen."""
-    words: Any = AutoTokenizer.from_pretrained(DEMO)
-    found = corpus.collect(seed=0, heldout_share=HELDOUT_SHARE)
-    rows = [row for row in tokenizer.encode(words, found.heldout) if len(row) > PROMPT_TOKENS]
-    return [torch.from_numpy(row[None, :PROMPT_TOKENS]) for row in rows[:: max(1, len(rows) // count)][:count]]
+    return [torch.tensor([each]) for each in beginnings(count, PROMPT_TOKENS)]
 
 
 def documents(count: int) -> list[tuple[torch.Tensor, list[int]]]:
@@ -147,8 +146,10 @@ def documents(count: int) -> list[tuple[torch.Tensor, list[int]]]:
     return pairs
 
 
-def generate(model: Any, prompt: torch.Tensor, num_tokens: int, **options: Any) -> tuple[torch.Tensor, float, int]:
-    """All tokens, the seconds they took, and the trips after the prompt's."""
+def generate(
+    model: Any, prompt: torch.Tensor, num_tokens: int, **options: Any
+) -> tuple[torch.Tensor, float, int, float]:
+    """All tokens, the seconds they took, the trips after the prompt's, and the seconds that all trips took."""
     with model.inference_session(max_length=prompt.shape[1] + num_tokens) as session:
         started_s = time.perf_counter()
         tokens = model.generate(
@@ -160,7 +161,8 @@ def generate(model: Any, prompt: torch.Tensor, num_tokens: int, **options: Any) 
             **options,
         )
         elapsed_s = time.perf_counter() - started_s
-        return tokens, elapsed_s, len(session.trace()) - 1
+        trips = session.trace()
+        return tokens, elapsed_s, len(trips) - 1, sum(trip.total_s for trip in trips)
 
 
 def confined(prompt: torch.Tensor, document: Sequence[int]) -> Callable[[int, torch.Tensor], list[int]]:
@@ -173,6 +175,7 @@ def measure(model: Any, network: str, case: Case, num_tokens: int, rounds: int) 
     """Generate without and with drafts in turn, several times."""
     off, on, ratios = [], [], []
     num_new = num_trips = 0
+    drafted_s = away_s = 0.0
     is_same = True
     work: list[tuple[torch.Tensor, dict[str, Any]]]
     if case.is_rewriting:
@@ -202,6 +205,8 @@ def measure(model: Any, network: str, case: Case, num_tokens: int, rounds: int) 
         ratios.append(without[1] / with_drafts[1])
         num_new += num_tokens - 1
         num_trips += with_drafts[2]
+        drafted_s += with_drafts[1]
+        away_s += with_drafts[3]
     return Outcome(
         network=network,
         case=case.name,
@@ -209,6 +214,7 @@ def measure(model: Any, network: str, case: Case, num_tokens: int, rounds: int) 
         on=Spread.of(on),
         ratio=Spread.of(ratios),
         tokens_per_trip=num_new / num_trips,
+        beside_trips=1 - away_s / drafted_s,
         is_same=is_same,
         ratio_target=case.lab_target if network != "loopback" else case.loopback_target,
         trip_target=case.trip_target,
@@ -263,7 +269,9 @@ def read_outcome(data: dict[str, Any]) -> Outcome:
 
 def report(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Print the figures beside their targets."""
-    table = Table("network", "case", "off, tokens/s", "with drafts", "ratio", "tokens/trip", "same", "target", "")
+    table = Table(
+        "network", "case", "off, tokens/s", "with drafts", "ratio", "tokens/trip", "beside trips", "same", "target", ""
+    )
     for each in outcomes:
         targets = [f"ratio {each.ratio_target:g}"] if each.ratio_target else []
         targets += [f"tokens/trip {each.trip_target:g}"] if each.trip_target else []
@@ -275,6 +283,7 @@ def report(console: Console, outcomes: Sequence[Outcome]) -> None:
             str(each.on),
             str(each.ratio),
             f"{each.tokens_per_trip:.2f}",
+            f"{each.beside_trips:.1%}",
             "yes" if each.is_same else "[red]no[/]",
             ", ".join(targets),
             verdict,

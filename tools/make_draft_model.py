@@ -20,7 +20,9 @@ from demo_model import corpus, distillation, tokenizer, training
 ROOT = Path(__file__).resolve().parent.parent
 STEPS_PER_EVALUATION = 250
 NUM_PROMPTS = 64
-NUM_DRAFTS = (4, 8)
+NUM_DRAFTS = 8
+FORMS = ((4, 0), (8, 0), (12, 0), (16, 0), (4, 4), (8, 4), (8, 8))
+"""Drafts in a row, and second choices beside the first of them, for what a check says of the model."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(model, teacher, words, found, arguments, console)
     model = LlamaForCausalLM.from_pretrained(arguments.output, dtype=torch.float32, local_files_only=True)
     console.print(f"weights: {(arguments.output / 'model.safetensors').stat().st_size:,} bytes")
-    for num_drafts in NUM_DRAFTS:
-        rate = distillation.tokens_per_trip(model, teacher, heldout, num_drafts=num_drafts)
-        console.print(f"held-out beginnings, {num_drafts} drafts: {rate:.2f} tokens per trip")
+    for num_drafts, num_seconds in FORMS:
+        rate = distillation.tokens_per_trip(model, teacher, heldout, num_drafts=num_drafts, num_seconds=num_seconds)
+        tree = f" and {num_seconds} second choices beside them (a tree)" if num_seconds else ""
+        console.print(f"held-out beginnings, {num_drafts} drafts{tree}: {rate:.2f} tokens per trip")
 
 
 def train(
@@ -76,7 +79,7 @@ def train(
     for report in distillation.distil(model, teacher, documents, budget, seed=arguments.seed):
         if report.step % STEPS_PER_EVALUATION == 0:
             save(model, words, arguments.output)
-            rate = distillation.tokens_per_trip(model, teacher, heldout, num_drafts=NUM_DRAFTS[-1])
+            rate = distillation.tokens_per_trip(model, teacher, heldout, num_drafts=NUM_DRAFTS)
             console.print(
                 f"{time.monotonic() - started:6.0f} s  step {report.step:5}  loss {report.loss:.3f}"
                 f"  {rate:.2f} tokens per trip"

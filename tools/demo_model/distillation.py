@@ -114,12 +114,18 @@ def distil(
 
 @torch.inference_mode()
 def tokens_per_trip(
-    student: LlamaForCausalLM, teacher: LlamaForCausalLM, documents: Sequence[Tokens], *, num_drafts: int
+    student: LlamaForCausalLM,
+    teacher: LlamaForCausalLM,
+    documents: Sequence[Tokens],
+    *,
+    num_drafts: int,
+    num_seconds: int = 0,
 ) -> float:
     """Return how many tokens of the teacher's greedy continuations a check of so many drafts gives, on average.
 
     Drafts are good up to the first that differs, and until then both models have the same tokens before them: so one
-    forward of the student over a finished continuation says what it would have drafted everywhere.
+    forward of the student over a finished continuation says what it would have drafted everywhere. With
+    ``num_seconds`` the drafts are a tree: beside each of the first so many the second choice is checked too.
     """
     student.train(False)
     num_tokens = num_trips = 0
@@ -128,14 +134,17 @@ def tokens_per_trip(
     rows = teacher.generate(  # type: ignore[misc]
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=WRITTEN_TOKENS
     )
-    drafted = student(rows, use_cache=False).logits.argmax(dim=-1)[:, length - 1 : -1]
+    first, second = student(rows, use_cache=False).logits[:, length - 1 : -1].topk(2, dim=-1).indices.unbind(dim=-1)
     said = rows[:, length:]
-    for agrees, row in zip((drafted == said).tolist(), said.tolist(), strict=True):
+    found = zip((first == said).tolist(), (second == said).tolist(), said.tolist(), strict=True)
+    for agrees, agrees_second, row in found:
         size = row.index(teacher.config.eos_token_id) + 1 if teacher.config.eos_token_id in row else len(row)
         place = 0
         while place < size:
             accepted = 0
             while accepted < num_drafts and place + accepted < size and agrees[place + accepted]:
+                accepted += 1
+            if accepted < num_seconds and place + accepted < size and agrees_second[place + accepted]:
                 accepted += 1
             place += accepted + 1
             num_trips += 1
