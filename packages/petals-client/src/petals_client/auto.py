@@ -42,6 +42,7 @@ class _AutoDistributed:
         *,
         initial_peers: Sequence[str | Address],
         swarm_key_file: str | os.PathLike[str] | None = None,
+        identity: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | torch.device | dict[str, Any] | None = None,
@@ -72,6 +73,8 @@ class _AutoDistributed:
                 trained weights stands for the model that they were trained with.
             initial_peers: addresses ``HOST:PORT`` of some peers of the swarm.
             swarm_key_file: the key of a private swarm.
+            identity: a file with a key, made if there is none: servers then know this client again. Of a server of
+                yours: servers that prefer contributors count what it computed for others.
             dtype: what the client computes in; by default what the checkpoint is stored in. Or ``torch_dtype``.
             device_map: the device of the client's part: a name such as ``"cuda"``, or ``{"": device}``.
             trust_remote_code: whether code that comes with the checkpoint is run where Transformers has no such family.
@@ -135,7 +138,9 @@ class _AutoDistributed:
             trust_remote_code=trust_remote_code,
         )
         config = cls._configure(checkpoint, config, kwargs)
-        options = options or ClientOptions.make(initial_peers=initial_peers, swarm_key_file=swarm_key_file)
+        options = options or ClientOptions.make(
+            initial_peers=initial_peers, swarm_key_file=swarm_key_file, identity=identity
+        )
         wishes: dict[str, Any] = {
             "allowed_quantization": allowed_quantization,
             "allowed_dtypes": allowed_dtypes,

@@ -31,6 +31,12 @@ InitialPeers = Annotated[
     list[str],
     typer.Option("--initial-peers", help="HOST:PORT of a peer of the swarm; may be repeated.", show_default=False),
 ]
+IdentityFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity", help="A key: of a server of yours, whose work for others then counts.", show_default=False
+    ),
+]
 SwarmKeyFile = Annotated[Path | None, typer.Option(help="Key of a private swarm.", show_default=False)]
 TorchDtype = Annotated[str, typer.Option(help="What this client computes in; auto: as the checkpoint is stored.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a model on the hub.", show_default=False)]
@@ -77,13 +83,14 @@ def generate(
     torch_dtype: TorchDtype = "auto",
     revision: Revision = None,
     swarm_key_file: SwarmKeyFile = None,
+    identity: IdentityFile = None,
     allowed_servers: AllowedServers = None,
     blocked_servers: BlockedServers = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show at the end where the time went.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text and print it as it comes."""
-    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression)
+    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression, identity)
     client = _connect(model, options, torch_dtype, revision, verbose, active_adapter)
     with client:
         from petals_client.client import generation_settings, seeded
@@ -117,6 +124,7 @@ def chat(
     torch_dtype: TorchDtype = "auto",
     revision: Revision = None,
     swarm_key_file: SwarmKeyFile = None,
+    identity: IdentityFile = None,
     allowed_servers: AllowedServers = None,
     blocked_servers: BlockedServers = None,
     verbose: Verbose = False,
@@ -126,7 +134,7 @@ def chat(
 
     settings = generation_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     settings |= {"speculation": speculation, "draft_model": draft_model}
-    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression)
+    options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression, identity)
     client = _connect(model, options, torch_dtype, revision, verbose, active_adapter)
     console = stderr_console()
     with client:
@@ -209,6 +217,7 @@ def _options(
     allowed_servers: list[str] | None,
     blocked_servers: list[str] | None,
     compression: str = "auto",
+    identity: Path | None = None,
 ) -> ClientOptions:
     """Check what can be checked before anything heavy is imported."""
     from petals_client.options import ClientOptions
@@ -216,6 +225,7 @@ def _options(
     return ClientOptions.make(
         initial_peers=parse_connectable_addresses(initial_peers, option="--initial-peers"),
         swarm_key_file=swarm_key_file,
+        identity=identity,
         allowed_servers=tuple(allowed_servers) if allowed_servers else None,
         blocked_servers=tuple(blocked_servers or ()),
         compression=compression,

@@ -293,6 +293,7 @@ class MicroBatch:
         reply, took_s = await self._access.call(server, request, [*payload, *prompt_payload], ForwardResult)
         assert isinstance(reply.body, ForwardResult)
         states = read_states(reply, reply.body.tensors, spec)
+        self._access.swarm.contribution.note(server, hop, hidden.shape[0])
         # Before it the server may compute another of our requests.
         self._access.swarm.praise_work(
             server,
@@ -331,6 +332,7 @@ class MicroBatch:
         )
         reply, _ = await self._access.call(server, request, [*gradient_payload, *payload], BackwardResult)
         assert isinstance(reply.body, BackwardResult)
+        self._access.swarm.contribution.note(server, hop, gradient.shape[0])
         prompts = self._prompts_of(hop)
         expected = [(tuple(each.shape), gradient_spec.dtype) for each in (gradient, *prompts)]
         values = None if self._tuned is None else self._tuned.values[self._tuned.layout.place(hop.start, hop.end)]

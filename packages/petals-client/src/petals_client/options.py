@@ -12,6 +12,7 @@ from typing import Any
 from petals_core.addresses import Address
 from petals_core.announcement import DTYPES, QUANTIZATIONS, SignedAnnouncement
 from petals_core.errors import ConfigurationError
+from petals_core.identity import Identity
 from petals_core.limits import MIB
 from petals_core.swarm_key import SwarmKey
 from petals_core.wire.compression import MODES, Mode
@@ -27,6 +28,11 @@ class ClientOptions:
 
     initial_peers: tuple[Address, ...]
     swarm_key: SwarmKey | None = None
+    identity: Identity | None = None
+    """Of this client's owner, that of a server of his for example: the client's own key is derived from it, so it is
+    always the same, and what that server computed for others is shown to servers. None: another key each time."""
+    receipts: Path | None = None
+    """Where the receipts of that server lie; None: where ``petals-server`` of this user keeps them."""
     connect_timeout_s: float = 5.0
     """For finding the initial peers, and for each connection to a server."""
     step_timeout_s: float = 60.0
@@ -92,12 +98,13 @@ class ClientOptions:
         *,
         initial_peers: Sequence[str | Address],
         swarm_key_file: str | os.PathLike[str] | None = None,
+        identity: str | os.PathLike[str] | Identity | None = None,
         **settings: Any,
     ) -> ClientOptions:
-        """Read addresses from their text form, and the key from its file.
+        """Read addresses from their text form, and the keys from their files.
 
         Raises:
-            ConfigurationError: an address or the file can't be used, or there are no addresses.
+            ConfigurationError: an address or a file can't be used, or there are no addresses.
         """
         if isinstance(initial_peers, (str, Address)):
             initial_peers = [initial_peers]
@@ -110,6 +117,7 @@ class ClientOptions:
         return cls(
             initial_peers=tuple(dict.fromkeys(addresses)),
             swarm_key=None if swarm_key_file is None else SwarmKey.read(Path(swarm_key_file)),
+            identity=Identity.read(Path(identity)) if isinstance(identity, (str, os.PathLike)) else identity,
             **settings,
         )
 

@@ -13,8 +13,10 @@ from collections.abc import Collection, Iterable
 from typing import TypeAlias
 
 from petals_client.adaptation import choose_servers, explain_missing_adapter
+from petals_client.contribution import ContributionTab
 from petals_client.directory import ServerDirectory
 from petals_client.measuring import Measurements
+from petals_client.observation import Observations
 from petals_client.options import ClientOptions
 from petals_client.routing.explanation import Facts, Route, explain_chain
 from petals_client.routing.health import HealthLedger
@@ -56,7 +58,8 @@ class Swarm:
         self.model_name = model_name
         self.fingerprint = fingerprint
         self.num_blocks = num_blocks
-        identity = Identity.ephemeral()
+        owner = options.identity
+        identity = Identity.ephemeral() if owner is None else owner.derived("client")
         self.directory = ServerDirectory(
             options, model_name=model_name, fingerprint=fingerprint, num_blocks=num_blocks, identity=identity
         )
@@ -73,11 +76,21 @@ class Swarm:
             compression=options.compression,
         )
         self.measurements = Measurements(self.connect, blame=self.blame, rng=self._rng)
+        self._observations = Observations()
+        self.contribution = ContributionTab(
+            identity,
+            connect=self.connect,
+            observations=self._observations,
+            owner=owner,
+            receipts=options.receipts,
+        )
+        """What it signs for, and what its weight is."""
         self._warned_dtypes: set[str] = set()
 
     async def close(self) -> None:
         """Close all connections."""
         self.tuning.close()
+        await self.contribution.close()
         await self.measurements.close()
         await self.directory.close()
         await self._dialer.close()
@@ -284,6 +297,14 @@ class Swarm:
             return
         share = (hop.end - hop.start) / (announcement.end - announcement.start)
         self.praise(hop.peer_id, took_s=took_s, expected_s=spare_s + num_tokens * share / rate)
+
+    def observe(self, signed: SignedAnnouncement, hop: Hop, *, num_tokens: int, took_s: float) -> None:
+        """Note how long a server's part of a decode step took at most, to be told to others."""
+        announcement = signed.announcement
+        if announcement.inference_tokens_per_s:
+            share = (hop.end - hop.start) / (announcement.end - announcement.start)
+            expected_s = num_tokens * share / announcement.inference_tokens_per_s
+            self._observations.note(hop.peer_id, expected_s=expected_s, took_s=took_s)
 
     def _warn_of_dtypes(self, chain: Iterable[SignedAnnouncement]) -> None:
         for signed in chain:

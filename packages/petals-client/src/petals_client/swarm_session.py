@@ -12,6 +12,7 @@ from torch import Tensor
 
 from petals_client.adaptation import Adaptation
 from petals_client.flight import Flight, InterruptedFlight
+from petals_client.observation import unexplained_s
 from petals_client.opening import ChainOpener
 from petals_client.patience import Patience
 from petals_client.recovery import Recovery
@@ -127,16 +128,25 @@ class SwarmSession:
                 hops=tuple(self._trips),
             )
         )
-        self._praise(parts[-1][1].spec.shape[0])
+        num_tokens = sum(states.spec.shape[0] for _, states in parts)
+        self._praise(parts[-1][1].spec.shape[0], is_decode=flight.is_decode)
+        for hop in self.hops:
+            self.swarm.contribution.note(hop.server, hop.hop, num_tokens)
         return flight.results
 
-    def _praise(self, num_tokens: int) -> None:
+    def _praise(self, num_tokens: int, *, is_decode: bool) -> None:
         """Note that all servers have done a step, the last part of which had ``num_tokens``."""
         trips = {trace.peer_id: trace for trace in self._trips[-len(self.hops) :]}
+        lost_s = unexplained_s(
+            network_s=sum(trace.network_s for trace in trips.values()),
+            round_trips_s=sum(hop.connection.rtt_s for hop in self.hops),
+        )
         for hop in self.hops:
             trace = trips.get(hop.hop.peer_id)
             took_s = 0.0 if trace is None else trace.queue_s + trace.compute_s
             self.swarm.praise_work(hop.server, hop.hop, num_tokens=num_tokens, took_s=took_s)
+            if is_decode and trace is not None:
+                self.swarm.observe(hop.server, hop.hop, num_tokens=num_tokens, took_s=took_s + lost_s)
 
     def close(self) -> None:
         """Free the caches on all servers; never blocks, idempotent."""

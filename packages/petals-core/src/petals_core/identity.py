@@ -20,6 +20,7 @@ from petals_core.errors import ConfigurationError
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 _PEER_ID_CONTEXT = b"petals peer id 1\0"
+_DERIVED_CONTEXT = b"petals derived identity 1\0"
 _MAX_DEFAULT_IDENTITIES = 64
 
 
@@ -131,6 +132,22 @@ class Identity:
             lock.release()
             raise
 
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the key at ``path``, or make one there, without holding it: a server may use it at the same time.
+
+        Raises:
+            ConfigurationError: the file is no Ed25519 key, others may read it, or it can't be read or written.
+        """
+        if not path.exists():
+            cls.load(path).release()
+        return cls(_read_private(path))
+
+    def derived(self, purpose: str) -> Self:
+        """Another identity of the same owner, always the same one for a purpose."""
+        seed = hashlib.sha256(_DERIVED_CONTEXT + purpose.encode() + b"\0" + self.key.private_bytes_raw()).digest()
+        return type(self)(Ed25519PrivateKey.from_private_bytes(seed))
+
     def sign(self, content: bytes) -> bytes:
         """Sign ``content`` (64 bytes)."""
         return self.key.sign(content)
@@ -144,6 +161,11 @@ class Identity:
 def data_folder() -> Path:
     """Where this user's keys live; ``PETALS_DATA_DIR`` overrides the platform's choice."""
     return Path(os.environ.get("PETALS_DATA_DIR") or platformdirs.user_data_dir("petals"))
+
+
+def receipts_path(server: PeerId) -> Path:
+    """Where a server of this user keeps its receipts."""
+    return data_folder() / "receipts" / f"{server.short}.bin"
 
 
 def _write_private(path: Path, key: Ed25519PrivateKey) -> None:

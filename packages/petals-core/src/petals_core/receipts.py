@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,6 +14,11 @@ from petals_core.schema import ruled
 
 MAX_AGE_S = 30 * 86_400.0
 """Older receipts count for nothing, so that they need not be kept for ever."""
+MAX_RECEIPTS = 4096
+"""The latest ones that a server keeps."""
+_LENGTH_BYTES = 2
+MAX_FILE_BYTES = 2 * MAX_RECEIPTS * (MAX_RECEIPT_BYTES + _LENGTH_BYTES)
+"""Of a file of receipts; what comes behind is not read."""
 _RECEIPT_CONTEXT = b"petals receipt 1\0"
 _ENDORSEMENT_CONTEXT = b"petals endorsement 1\0"
 _NONCE_BYTES = 16
@@ -102,6 +108,42 @@ class Receipt:
             if not verify(key, signature, _RECEIPT_CONTEXT + content):
                 raise InvalidRequestError("a receipt's signature is not by its key")
         return cls(statement, content, signatures[0], signatures[1] if len(signatures) == 2 else None)
+
+
+def frame(encoded: bytes) -> bytes:
+    """A receipt as files have it: behind its length."""
+    return len(encoded).to_bytes(_LENGTH_BYTES, "big") + encoded
+
+
+def split_file(content: bytes) -> Iterator[bytes]:
+    """The receipts of a file, not checked; what is cut off comes out shorter."""
+    position = 0
+    while position + _LENGTH_BYTES <= len(content):
+        end = position + _LENGTH_BYTES + int.from_bytes(content[position : position + _LENGTH_BYTES], "big")
+        yield content[position + _LENGTH_BYTES : end]
+        position = end
+
+
+def choose_largest(content: bytes, server: PeerId, *, limit: int, now_s: float) -> list[bytes]:
+    """The receipts of a server's file that say most, at most ``limit``; only these are verified, which takes long."""
+    claimed: list[tuple[int, bytes]] = []
+    for encoded in split_file(content):
+        try:
+            inner, *_ = schema.sequence(schema.binary(1, MAX_RECEIPT_BYTES), 3, 3)(schema.unpack(encoded))
+            claimed.append((schema.from_map(Statement, schema.unpack(inner)).block_tokens, encoded))
+        except schema.SchemaError:
+            continue
+    chosen: list[bytes] = []
+    for _, encoded in sorted(claimed, reverse=True):
+        if len(chosen) == limit:
+            break
+        try:
+            receipt = Receipt.decode(encoded, now_s=now_s)
+        except InvalidRequestError:
+            continue
+        if receipt.server_id == server:
+            chosen.append(encoded)
+    return chosen
 
 
 def endorse(server: Identity, client_id: PeerId) -> bytes:

@@ -22,12 +22,12 @@ class RateLimiter:
         self._max_sources = max_sources
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def admit(self, source: str, *, now_s: float) -> bool:
-        """Take one token of ``source``; False if it has none. ``now_s`` is monotonic time."""
+    def admit(self, source: str, *, now_s: float, cost: float = 1.0) -> bool:
+        """Take ``cost`` tokens of ``source``; False if it has not so many. ``now_s`` is monotonic time."""
         level, filled_at_s = self._levels.pop(source, (self._rate.burst, now_s))
         level = min(self._rate.burst, level + max(0.0, now_s - filled_at_s) * self._rate.per_s)
-        is_admitted = level >= 1
-        self._levels[source] = (level - 1 if is_admitted else level, now_s)
+        is_admitted = level >= cost
+        self._levels[source] = (level - cost if is_admitted else level, now_s)
         if len(self._levels) > self._max_sources:
             self._levels.popitem(last=False)
         return is_admitted

@@ -23,7 +23,7 @@ import typer
 
 from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError
-from petals_core.identity import Identity, data_folder
+from petals_core.identity import Identity, receipts_path
 from petals_core.swarm_key import SwarmKey
 from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
 from petals_core.wire.compression import Mode
@@ -238,7 +238,7 @@ def serve(
         schedule=None if schedule is None else Schedule.parse(schedule),
         pause_when_busy=pause_when_busy,
         prefer_contributors=prefer_contributors,
-        receipts=data_folder() / "receipts" / f"{own.peer_id.short}.bin",
+        receipts=receipts_path(own.peer_id),
         max_upload_bytes_per_s=None if max_upload is None else parse_rate(max_upload),
     )
     _set_up_logging(verbose=verbose)

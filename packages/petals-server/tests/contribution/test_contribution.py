@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_core.errors import InvalidRequestError
+from petals_core.errors import InvalidRequestError, OverloadedError
 from petals_core.identity import Identity
 from petals_core.net.rpc import call
 from petals_core.receipts import MAX_AGE_S, Receipt, Statement, endorse, read_endorsement
 from petals_core.testing.network import run_clean
 from petals_core.wire.messages import Contribution, ContributionNoted
 from petals_server.contribution.book import MAX_RECEIPTS, ReceiptBook
-from petals_server.contribution.weights import MAX_PER_CLIENT, MAX_WEIGHT, count_given, weigh
+from petals_server.comfort.ledger import ServedLedger
+from petals_server.contribution.desk import ContributionDesk
+from petals_server.contribution.weights import MAX_PER_CLIENT, MAX_WEIGHT, count_given, weigh, weighted_median
 from petals_server.testing import TIMEOUT_S, Client, random_states, served
 
 SERVER, CLIENT, OTHER = (Identity.ephemeral() for _ in range(3))
@@ -80,6 +82,40 @@ def test_weights_are_bounded_and_grow_with_what_was_given(given_: int, taken: in
     assert 1.0 <= weigh(given_, taken) <= weigh(given_ + more, taken) <= MAX_WEIGHT
     assert weigh(given_, taken + more) <= weigh(given_, taken)
     assert weigh(0, taken) == 1.0
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1))
+def test_less_than_half_of_the_weight_decides_nothing_alone(values: list[tuple[float, int]]) -> None:
+    median = weighted_median(values)
+    total = sum(weight for _, weight in values)
+    assert 2 * sum(weight for value, weight in values if value < median) <= total
+    assert 2 * sum(weight for value, weight in values if value > median) <= total
+
+
+def test_votes_count_by_what_was_computed_for_the_voter() -> None:
+    ledger = ServedLedger()
+    desk = ContributionDesk(SERVER, ledger, ReceiptBook(None), prefers=False)
+    server, now_s = OTHER.peer_id.digest[:8], time.time()
+    desk._note_vote(server, CLIENT.peer_id, 0.9, now_s)
+    assert desk.votes == {}  # nothing was computed for it
+    ledger.note(CLIENT.peer_id, num_tokens=1000, num_blocks=10)
+    desk._note_vote(server, CLIENT.peer_id, 0.9, now_s)
+    for _ in range(10):
+        liar = Identity.ephemeral().peer_id
+        ledger.note(liar, num_tokens=10, num_blocks=10)
+        desk._note_vote(server, liar, 0.0, now_s)
+    assert desk.votes == {server: 0.9}
+    desk._note_vote(server, CLIENT.peer_id, 0.9, now_s - 3600)
+    assert desk.votes == {server: 0.0}  # old votes count no more
+
+
+def test_verifying_is_bounded() -> None:
+    desk = ContributionDesk(SERVER, ServedLedger(), ReceiptBook(None), prefers=True)
+    for _ in range(2):
+        desk._admit(CLIENT.peer_id, 129)
+    with pytest.raises(OverloadedError):
+        desk._admit(CLIENT.peer_id, 129)
+    desk._admit(OTHER.peer_id, 129)
 
 
 def test_the_book_is_kept_and_what_is_wrong_in_it_left_out(tmp_path: Path) -> None:

@@ -6,16 +6,11 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Final
 
 from petals_core.errors import InvalidRequestError
-from petals_core.limits import MAX_RECEIPT_BYTES
-from petals_core.receipts import Receipt
+from petals_core.receipts import MAX_FILE_BYTES, MAX_RECEIPTS, Receipt, frame, split_file
 
 log = logging.getLogger(__name__)
-
-MAX_RECEIPTS: Final = 4096
-_LENGTH_BYTES: Final = 2
 
 
 class ReceiptBook:
@@ -43,12 +38,12 @@ class ReceiptBook:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if self._num_on_disk >= 2 * MAX_RECEIPTS:
                 temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-                temporary.write_bytes(b"".join(map(_framed, self.receipts)))
+                temporary.write_bytes(b"".join(frame(each.encoded) for each in self.receipts))
                 os.replace(temporary, self._path)
                 self._num_on_disk = len(self.receipts)
             else:
                 with self._path.open("ab") as file:
-                    file.write(_framed(receipt))
+                    file.write(frame(receipt.encoded))
                 self._num_on_disk += 1
         except OSError as error:
             log.warning("a receipt could not be written to %s: %s", self._path, error.strerror or error)
@@ -57,26 +52,20 @@ class ReceiptBook:
     def _read(self, path: Path) -> None:
         try:
             with path.open("rb") as file:
-                content = file.read(2 * MAX_RECEIPTS * (MAX_RECEIPT_BYTES + _LENGTH_BYTES))
+                content = file.read(MAX_FILE_BYTES)
         except FileNotFoundError:
             return
         except OSError as error:
             log.warning("receipts in %s can't be read: %s", path, error.strerror or error)
             return
-        position, now_s = 0, time.time()
-        while position + _LENGTH_BYTES <= len(content):
-            end = position + _LENGTH_BYTES + int.from_bytes(content[position : position + _LENGTH_BYTES], "big")
+        now_s = time.time()
+        for encoded in split_file(content):
             try:
-                receipt = Receipt.decode(content[position + _LENGTH_BYTES : end], now_s=now_s)
+                receipt = Receipt.decode(encoded, now_s=now_s)
             except InvalidRequestError:
                 pass
             else:
                 if receipt.server_signature is not None:
                     self.receipts.append(receipt)
             self._num_on_disk += 1
-            position = end
         del self.receipts[:-MAX_RECEIPTS]
-
-
-def _framed(receipt: Receipt) -> bytes:
-    return len(receipt.encoded).to_bytes(_LENGTH_BYTES, "big") + receipt.encoded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from petals_core.identity import PeerId
@@ -32,6 +32,17 @@ def count_given(receipts: Iterable[Receipt], known_clients: Collection[PeerId]) 
         client = receipt.client_id if receipt.client_id in known_clients else None
         per_client[client] += receipt.statement.block_tokens
     return sum(min(amount, MAX_PER_CLIENT) for amount in per_client.values())
+
+
+def weighted_median(values: Sequence[tuple[float, float]]) -> float:
+    """The smallest value of ``(value, weight)`` up to which half of all weight lies."""
+    total = sum(weight for _, weight in values)
+    reached = 0.0
+    for value, weight in sorted(values):
+        reached += weight
+        if 2 * reached >= total:
+            return value
+    raise ValueError("no values")
 
 
 def weigh(given: int, taken: int) -> float:
