@@ -14,8 +14,8 @@ from petals_core.net.rpc import call
 from petals_core.receipts import MAX_AGE_S, Receipt, Statement, endorse, read_endorsement
 from petals_core.testing.network import run_clean
 from petals_core.wire.messages import Contribution, ContributionNoted
-from petals_server.contribution.book import MAX_RECEIPTS, ReceiptBook
 from petals_server.comfort.ledger import ServedLedger
+from petals_server.contribution.book import MAX_RECEIPTS, ReceiptBook
 from petals_server.contribution.desk import ContributionDesk
 from petals_server.contribution.weights import MAX_PER_CLIENT, MAX_WEIGHT, count_given, weigh, weighted_median
 from petals_server.testing import TIMEOUT_S, Client, random_states, served
