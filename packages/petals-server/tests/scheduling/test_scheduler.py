@@ -135,6 +135,31 @@ def test_the_device_waits_for_those_who_come_back_at_once(turnaround_s: float, i
     assert len(planned(server.plan(now_s))) == 1
 
 
+@pytest.mark.parametrize("delay_s", [0.01, 0.05, 0.2])
+def test_sessions_that_step_together_come_together_again_after_delays(delay_s: float) -> None:
+    server, turn_s, sizes, now_s = scheduler(), 0.08, [], 0.0
+    arrivals = dict.fromkeys(range(4), 0.0)
+    for turn in range(48):
+        for session, time_s in sorted(arrivals.items(), key=lambda item: item[1]):
+            if time_s <= now_s:
+                server.add(request(session=session), time_s)
+                del arrivals[session]
+        while isinstance(plan := server.plan(now_s), Wait):
+            now_s = min(arrivals.values()) if plan.until_s is None else min(plan.until_s, *arrivals.values())
+            for session in [each for each, time_s in arrivals.items() if time_s <= now_s]:
+                server.add(request(session=session), now_s)
+                del arrivals[session]
+        sizes.append(len(plan.parts))
+        arrivals = {session: time_s + 0.03 for session, time_s in arrivals.items()}  # a busy device slows down the rest
+        now_s += turn_s
+        for done in server.absorb(plan, turn_s, now_s):
+            assert isinstance(done.session, int)
+            slow_s = delay_s * done.session if turn == 8 else 0.0
+            arrivals[done.session] = now_s + 0.002 * (1 + done.session) + slow_s
+    assert sizes[:9] == [4] * 9
+    assert sizes[-8:] == [4] * 8
+
+
 def test_pace_follows_what_turns_take() -> None:
     pace = Pace(decode_tokens_per_s=20, bulk_tokens_per_s=100, max_turn_tokens=512)
     slow = pace.bulk_tokens(8, 0.0)

@@ -11,8 +11,11 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Final
 
-MAX_WAIT_SHARE: Final = 0.2
-"""Of the last turn's time: how long the device may wait for sessions that usually come back at once."""
+MAX_WAIT_SHARE: Final = 0.5
+"""Of a lone session's turn: how long the device may wait for sessions that usually come back at once.
+
+Who comes too late takes a turn of his own, and that takes hardly less time, so waiting costs half of what it may save.
+"""
 MAX_WAIT_S: Final = 0.02
 BULK_SHARE: Final = 1.0
 """Time that bulk work may add to a turn of decoding sessions, in units of such a turn without it."""
@@ -22,6 +25,8 @@ _DECODING_S: Final = 1.0
 """A session whose last step is no longer ago counts as decoding."""
 _WEIGHT: Final = 0.3
 """Of the newest observation in each average."""
+_MAX_SKIPPED: Final = 64
+"""Steps of a session that comes too late again and again, until it is waited for once more."""
 
 
 @dataclass(slots=True)
@@ -29,8 +34,13 @@ class _Habit:
     """How a session comes and goes."""
 
     done_s: float
-    turnaround_s: float | None = None
-    """From a reply to the next step; None: not known yet."""
+    num_late: int = 0
+    """How often in a row the device has waited for it in vain."""
+    num_skipped: int = 0
+    """For how many steps it will not be waited for.
+
+    What it takes while others' turns are computed says little, because then everything is slower: so it is tried again.
+    """
 
 
 class Pace:
@@ -41,7 +51,6 @@ class Pace:
         self._bulk_token_s = 1 / max(1e-6, bulk_tokens_per_s)
         self._decode_s: dict[int, float] = {0: 1 / max(1e-6, decode_tokens_per_s)}
         """Seconds of turns of 2 ** key sessions that decode, and nothing else."""
-        self._last_turn_s = 0.0
         self._last_num_decode = 1
         self._last_decode_s = float("-inf")
         self._habits: dict[object, _Habit] = {}
@@ -52,8 +61,13 @@ class Pace:
         """A session's next step is here."""
         habit = self._habits.get(session)
         if habit is not None:
-            took_s = now_s - habit.done_s
-            habit.turnaround_s = _average(habit.turnaround_s, took_s)
+            if now_s - habit.done_s <= self._max_wait_s:
+                habit.num_late = habit.num_skipped = 0
+            elif habit.num_skipped:
+                habit.num_skipped -= 1
+            else:
+                habit.num_late += 1
+                habit.num_skipped = min(_MAX_SKIPPED, 2**habit.num_late)
         self._returning.discard(session)
 
     def note_turn(
@@ -61,7 +75,6 @@ class Pace:
     ) -> None:
         """A turn is over that computed so many tokens of decode steps and others; ``decoded``: sessions whose step is
         done."""
-        self._last_turn_s = seconds
         if num_decode:
             self._last_num_decode = num_decode
             self._last_decode_s = now_s
@@ -107,17 +120,15 @@ class Pace:
 
     def wait_until(self, present: Set[object], now_s: float) -> float | None:
         """Until when the device should wait for sessions of the last turn; None: not at all."""
-        most_s = min(MAX_WAIT_S, MAX_WAIT_SHARE * self._last_turn_s)
         latest = now_s
         for session in self._returning:
-            if session in present:
-                continue
-            habit = self._habits[session]
-            usual_s = habit.turnaround_s
-            if usual_s is not None and usual_s > most_s:
-                continue
-            latest = max(latest, habit.done_s + (most_s if usual_s is None else min(most_s, 2 * usual_s + 5e-4)))
+            if session not in present and not self._habits[session].num_skipped:
+                latest = max(latest, self._habits[session].done_s + self._max_wait_s)
         return latest if latest > now_s else None
+
+    @property
+    def _max_wait_s(self) -> float:
+        return min(MAX_WAIT_S, MAX_WAIT_SHARE * self.decode_turn_s(1))
 
     def bulk_tokens(self, num_decode: int, now_s: float) -> int:
         """How many tokens of other requests may be in a turn with so many of decode steps."""
