@@ -154,6 +154,41 @@ def test_waiting_until_somebody_comes(
     assert any("waiting for a server of blocks 2:4" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("opens_session", [True, False], ids=["session", "forward"])
+def test_what_begins_waits_for_servers_that_were_there(
+    new_swarm: Any, checkpoints: Any, local: Any, opens_session: bool
+) -> None:
+    """A new session, and a batch. Where nobody has ever held some blocks, both fail at once (``test_sessions.py``)."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    leaving = [swarm.add(folder, start, end) for start, end in SPANS][1]
+    tokens = prompt(3)
+    waits = threading.Event()
+
+    class Noticing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "blocks 2:4 of tiny-llama are held by no live server" in record.getMessage():
+                waits.set()
+
+    handler = Noticing()
+    logging.getLogger("petals_client").addHandler(handler)
+    coming = threading.Thread(target=lambda: waits.wait(60) and swarm.add(folder, 2, 4))
+    try:
+        with connect(folder, swarm) as model, torch.no_grad():
+            swarm.remove(leaving)
+            model.remote_blocks.chain.run(lambda known: known.directory.refresh())
+            coming.start()
+            if opens_session:
+                given = model.generate(tokens, max_new_tokens=3, **GREEDY)
+                assert torch.equal(given, local.generate(tokens, max_new_tokens=3, **GREEDY))
+            else:
+                assert torch.allclose(model(tokens, use_cache=False).logits, local(tokens).logits, atol=1e-4)
+    finally:
+        waits.set()
+        coming.join()
+        logging.getLogger("petals_client").removeHandler(handler)
+    assert waits.is_set()
+
+
 def test_waiting_ends(new_swarm: Any, checkpoints: Any) -> None:
     swarm, folder = new_swarm(), checkpoints("llama")
     leaving = [swarm.add(folder, start, end) for start, end in SPANS][1]

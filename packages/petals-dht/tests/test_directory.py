@@ -145,7 +145,8 @@ def test_announcing_again_searches_for_nobody() -> None:
             assert count() - before <= 20, "one request to each node that keeps it, and none for the list of models"
             assert await swarm[9].find_servers(FINGERPRINT) == [again]
 
-            # Most of those that keep it leave: others are found at once.
+            # Most of those that keep it leave: others are found at once. At first hardly anybody knows anybody.
+            await asyncio.gather(*(each.node.nearest_nodes(each.node.protocol.own.id) for each in swarm))
             keepers = [each for each in swarm if each.node.storage.num_entries and each is not server]
             for each in keepers[:12]:
                 await each.close()
@@ -153,6 +154,26 @@ def test_announcing_again_searches_for_nobody() -> None:
             assert await server.announce(third) >= 10
             (living,) = [each for each in swarm if each not in keepers and each is not server][:1]
             assert await living.find_servers(FINGERPRINT) == [third]
+
+    asyncio.run(main())
+
+
+def test_dead_nodes_hold_up_no_announcement() -> None:
+    """Those that live have it while the dead one is still waited for."""
+
+    async def main() -> None:
+        async with start_swarm(5, timing=NodeTiming(attempt_timeout_s=60.0)) as swarm:
+            await asyncio.gather(*(each.node.nearest_nodes(each.node.protocol.own.id) for each in swarm))
+            await swarm[4].close()
+            signed = make_announcement(swarm[1].identity)
+            announcing = asyncio.create_task(swarm[1].announce(signed, timeout_s=5.0))
+            found: list[SignedAnnouncement] = []
+            while not found and not announcing.done():
+                found = await swarm[2].find_servers(FINGERPRINT)
+            assert found == [signed]
+            assert not announcing.done()
+            announcing.cancel()
+            await asyncio.gather(announcing, return_exceptions=True)
 
     asyncio.run(main())
 

@@ -6,7 +6,7 @@ from petals_core.addresses import Address
 from petals_core.identity import Identity, PeerId
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
-from petals_dht.directory import Directory, Reachability
+from petals_dht.directory import CHECK_TIMEOUT_S, Directory, Reachability
 from petals_dht.rates import Rate
 from petals_dht.reachability import dial_back
 from petals_dht.responder import NodeLimits
@@ -26,11 +26,33 @@ def test_peers_connect_to_where_the_question_came_from() -> None:
         async with start_swarm(3, reach=reach) as swarm:
             peer_id = swarm[0].identity.peer_id
             assert await swarm[0].check_reachable(4242, peer_id) == Reachability("127.0.0.1", True, "")
-            assert asked == [("127.0.0.1", 4242, peer_id)] * 2
+            assert set(asked) == {("127.0.0.1", 4242, peer_id)}
             outcome = "connection\nrefused"
             assert await swarm[0].check_reachable(4242, peer_id) == Reachability(
                 "127.0.0.1", False, "connection refused"
             )
+
+    asyncio.run(main())
+
+
+def test_the_first_that_could_connect_decides() -> None:
+    async def main() -> None:
+        asked: list[asyncio.Event] = []
+
+        async def reach(host: str, port: int, peer_id: PeerId) -> str:
+            asked.append(asyncio.Event())
+            if len(asked) == 1:
+                await asyncio.sleep(0)
+                return ""
+            await asked[-1].wait()
+            return "too late"
+
+        loop = asyncio.get_running_loop()
+        async with start_swarm(4, reach=reach) as swarm:
+            started_s = loop.time()
+            assert (await swarm[0].check_reachable(4242, swarm[0].identity.peer_id)).is_reachable
+            assert loop.time() - started_s < CHECK_TIMEOUT_S, "it does not wait until the others are given up"
+            assert not any(event.is_set() for event in asked)
 
     asyncio.run(main())
 

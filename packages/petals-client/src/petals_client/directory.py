@@ -41,6 +41,8 @@ class ServerDirectory:
         self._joining = asyncio.Lock()
         self._refreshing: asyncio.Task[None] | None = None
         self._servers: dict[PeerId, SignedAnnouncement] = {}
+        self._ever_held: set[int] = set()
+        """Blocks that servers which may be used have held since this client joined."""
         self._looked_up_at_s: float | None = None
         self._is_cut_off = False
         """Whether nobody answered the last look-up."""
@@ -72,6 +74,10 @@ class ServerDirectory:
             NoPeersError: no peer answers. What was known before stays.
         """
         await asyncio.shield(self._start_refresh())
+
+    def were_held(self, start: int, end: int) -> bool:
+        """Whether all blocks ``start:end`` could be had at some time since this client joined."""
+        return self._ever_held.issuperset(range(start, end))
 
     async def explain_missing(self, start: int, end: int) -> MissingBlocksError:
         """Say which of the blocks ``start:end`` nobody holds, and what might be meant instead."""
@@ -141,6 +147,9 @@ class ServerDirectory:
             and signed.announcement.state in _USABLE_STATES
             and signed.announcement.addresses
         }
+        for signed in self._servers.values():
+            if self._options.excludes(signed) is None:
+                self._ever_held.update(range(signed.announcement.start, signed.announcement.end))
         self._looked_up_at_s = now_s
 
     async def _join(self) -> Directory:

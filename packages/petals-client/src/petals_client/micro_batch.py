@@ -6,8 +6,6 @@ Letters: R rows, B blocks, P prompt tokens of a row, H hidden size.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
 import time
 from collections import defaultdict
@@ -27,7 +25,6 @@ from petals_core.errors import (
     Disposition,
     GraphExpiredError,
     MissingBlocksError,
-    NoPeersError,
     PeerConnectionError,
     PetalsError,
     ProtocolError,
@@ -53,9 +50,7 @@ Plan = tuple[Chain, dict[PeerId, SignedAnnouncement]]
 REQUESTS_PER_SERVER: Final = 2
 """One computes while the next is on its way."""
 _MAX_WAIT_S: Final = 5.0
-_PATIENCE_S: Final = 1.0
 """Between two looks for a server of blocks that nobody holds."""
-_logger = logging.getLogger(__name__)
 
 GradientsOfPart = tuple[Tensor, Tensor | None, Tensor | None]
 """Of a micro-batch's hidden states, prompts, and values of the client's own matrices."""
@@ -150,24 +145,23 @@ class _Attempts:
         Raises:
             PetalsError: the last failure, when time is up; ``MissingBlocksError`` if nobody failed yet.
         """
-        clock = asyncio.get_running_loop().time
         while True:
             try:
                 return await self._swarm.plan(
                     start, end, without=self._barred, adapter=self._adapter, is_urgent=self._last is not None
                 )
             except MissingBlocksError as missing:
-                if self._last is None:
+                if self._last is None and not self._swarm.directory.were_held(start, end):
                     raise
-                assert self._deadline_s is not None
-                left_s = self._deadline_s - clock()
-                if left_s <= 0:
-                    raise self._last from None
-                _logger.warning("%s; waiting for %.0f s more", missing.message, left_s)
-                await asyncio.sleep(min(_PATIENCE_S, left_s))
+                if not await self._swarm.wait_for_servers(missing, deadline_s=self._deadline()):
+                    raise self._last or missing from None
                 self._barred.clear()
-                with contextlib.suppress(NoPeersError):
-                    await self._swarm.directory.refresh()
+
+    def _deadline(self) -> float:
+        """Of what is done about failures; it begins with the first one."""
+        if self._deadline_s is None:
+            self._deadline_s = asyncio.get_running_loop().time() + self._swarm.options.recovery_timeout_s
+        return self._deadline_s
 
     async def note(self, hop: Hop, error: PetalsError) -> None:
         """Note a failure, and wait where the server asks for it; raises it if it is the last."""
@@ -176,11 +170,10 @@ class _Attempts:
         self._swarm.blame(hop.peer_id, error)
         self._last = failure = explain_failure(hop, error)
         self._failures.append((hop.peer_id, error))
-        if self._deadline_s is None:
-            self._deadline_s = now_s + options.recovery_timeout_s
+        deadline_s = self._deadline()
         # Servers that are not there cost nothing but time.
         num_answered = sum(not isinstance(each, PeerConnectionError) for _, each in self._failures)
-        is_over = len(self._failures) >= options.max_attempts and now_s >= self._deadline_s
+        is_over = len(self._failures) >= options.max_attempts and now_s >= deadline_s
         if error.disposition is Disposition.GIVE_UP or num_answered >= options.max_attempts or is_over:
             raise failure from error
         if error.disposition is Disposition.RETRY_SAME:

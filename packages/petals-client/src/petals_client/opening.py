@@ -14,7 +14,7 @@ from petals_client.adaptation import Adaptation
 from petals_client.session import HopSession
 from petals_client.swarm import Swarm, explain_failure
 from petals_core.announcement import SignedAnnouncement
-from petals_core.errors import Disposition, DrainingError, MissingBlocksError, PetalsError
+from petals_core.errors import Disposition, DrainingError, MissingBlocksError, OverloadedError, PetalsError
 from petals_core.identity import PeerId
 from petals_core.routing.graph import Hop, describe_blocks
 from petals_core.tensors.codec import encode
@@ -139,7 +139,8 @@ class ChainOpener:
         """As ``open``, but wait for servers while none that holds some blocks works, and say so.
 
         Servers that have failed are asked again when there is nobody else. ``deadline_s`` is on the loop's clock. What
-        is not urgent fails at once where nobody is known to hold some blocks.
+        is not urgent fails at once where nobody has held some blocks since this client joined, and where servers had no
+        room for as long as ``open`` waits for it.
 
         Raises:
             PetalsError: no chain could be opened up to the deadline.
@@ -156,8 +157,11 @@ class ChainOpener:
                     start, end, failed=failed, previous=previous, following=following, is_urgent=is_urgent
                 )
             except PetalsError as error:
-                may_come = is_urgent and isinstance(error, MissingBlocksError)
-                is_final = error.disposition is Disposition.GIVE_UP and not may_come
+                if isinstance(error, MissingBlocksError):
+                    is_final = not is_urgent and not self._swarm.directory.were_held(start, end)
+                else:
+                    is_full = not is_urgent and isinstance(error, OverloadedError)
+                    is_final = is_full or error.disposition is Disposition.GIVE_UP
                 if not isinstance(error, MissingBlocksError):
                     failure = error
                 if is_final or loop.time() + pause_s >= deadline_s:

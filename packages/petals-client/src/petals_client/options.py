@@ -39,7 +39,7 @@ class ClientOptions:
     """For one step of a session, or one request, through one server, its waiting in a queue included."""
     open_timeout_s: float = 30.0
     """For opening a session, waiting for room in a server's cache included."""
-    recovery_timeout_s: float = 60.0
+    recovery_timeout_s: float = 120.0
     """For finding others in the place of servers that failed, waiting while nobody holds some blocks included."""
     refresh_s: float = 20.0
     """Age at which what is known of the servers is looked up again."""

@@ -36,6 +36,9 @@ _logger = logging.getLogger(__name__)
 _URGENT_S = 1.0
 """How long an urgent plan waits for the directory, where no known server holds some blocks."""
 
+_PATIENCE_S = 1.0
+"""Between two look-ups of a batch that waits for servers."""
+
 Servers: TypeAlias = dict[PeerId, SignedAnnouncement]
 
 
@@ -147,6 +150,17 @@ class Swarm:
             raise await self._explain_missing(start, end, adapter) from None
         self._warn_of_dtypes(usable[hop.peer_id] for branch in branches for hop in branch.chain)
         return branches, usable
+
+    async def wait_for_servers(self, missing: MissingBlocksError, *, deadline_s: float) -> bool:
+        """Wait a moment for servers to come, and say so; False where ``deadline_s`` on the loop's clock has passed."""
+        left_s = deadline_s - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            return False
+        _logger.warning("%s; waiting for %.0f s more", missing.message, left_s)
+        await asyncio.sleep(min(_PATIENCE_S, left_s))
+        with contextlib.suppress(NoPeersError):
+            await self.directory.refresh()
+        return True
 
     async def explain_route(self, start: int, end: int, *, cache_tokens: int = 0) -> Route:
         """Plan as for a session, and say what decided; raises what ``plan`` raises."""

@@ -77,12 +77,13 @@ class SwarmSession:
     async def open(self) -> None:
         """Plan a chain, open the session on each of its servers, and let these find each other.
 
-        On failure nothing is left open.
+        Where servers have gone that were there before, this waits for others up to ``recovery_timeout_s``. On failure
+        nothing is left open.
 
         Raises:
             PetalsError: no chain could be opened.
         """
-        deadline_s = asyncio.get_running_loop().time() + self.swarm.options.open_timeout_s
+        deadline_s = asyncio.get_running_loop().time() + self.swarm.options.recovery_timeout_s
         self.hops = await self.opener.wait_and_open(
             self.start, self.end, failed=set(), deadline_s=deadline_s, is_urgent=False
         )

@@ -24,7 +24,8 @@ from petals_client.adaptation import Adaptation
 from petals_client.chunks import Part, split_rows
 from petals_client.micro_batch import REQUESTS_PER_SERVER, Access, GradientsOfPart, Leg, MicroBatch
 from petals_client.packing import PositionRuns
-from petals_client.swarm import Swarm
+from petals_client.swarm import Servers, Swarm
+from petals_core.errors import MissingBlocksError
 from petals_core.routing.flow import Branch
 from petals_core.routing.graph import Chain
 
@@ -68,6 +69,23 @@ class TrainingRun:
         self._tokens_left = swarm.options.max_tokens_in_flight
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
+    async def _plan(
+        self, start: int, end: int, *, num_tokens: int, max_chains: int
+    ) -> tuple[tuple[Branch, ...], Servers]:
+        """Chains for a batch; where servers have gone that were there before, this waits for others."""
+        adapter = None if self._adaptation is None else self._adaptation.adapter
+        deadline_s = asyncio.get_running_loop().time() + self._swarm.options.recovery_timeout_s
+        while True:
+            try:
+                return await self._swarm.plan_batch(
+                    start, end, num_tokens=num_tokens, max_chains=max_chains, adapter=adapter
+                )
+            except MissingBlocksError as missing:
+                if not self._swarm.directory.were_held(start, end):
+                    raise
+                if not await self._swarm.wait_for_servers(missing, deadline_s=deadline_s):
+                    raise
+
     async def forward(
         self,
         hidden: Tensor,
@@ -85,12 +103,11 @@ class TrainingRun:
         """
         num_tokens = hidden.shape[0]
         part_tokens = self._swarm.options.micro_batch_tokens or _MIN_PART_TOKENS
-        branches, servers = await self._swarm.plan_batch(
+        branches, servers = await self._plan(
             start,
             end,
             num_tokens=min(num_tokens, _PLANNED_PART_TOKENS),
             max_chains=max(1, min(_MAX_CHAINS, num_tokens // part_tokens)),
-            adapter=None if self._adaptation is None else self._adaptation.adapter,
         )
         max_tokens = self._choose_part_tokens(num_tokens, num_hops=sum(len(branch.chain) for branch in branches))
         parts = split_rows(row_tokens, position_runs, max_tokens)

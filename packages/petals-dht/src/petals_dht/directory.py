@@ -26,7 +26,10 @@ from petals_dht.responder import NodeLimits
 from petals_dht.storage import StorageLimits
 
 _MAX_CHECKERS = 3
-_CHECK_TIMEOUT_S = 8.0
+CHECK_TIMEOUT_S = 8.0
+"""For a peer to see whether it can connect to another one."""
+_CHECKERS_PATIENCE_S = 0.25
+"""How long at least nodes may take that are to be asked."""
 _LISTING_INTERVAL_S = 240.0
 _LISTING_LIFETIME_S = 600.0
 """How long a model stays on the list after its last server was heard of, at most."""
@@ -293,25 +296,38 @@ class Directory:
         )
 
     async def check_reachable(self, port: int, peer_id: PeerId) -> Reachability:
-        """Let up to three peers try to connect to this machine at TCP ``port`` and to meet ``peer_id`` there."""
-        nearest = await self.node.nearest_nodes(node_id(peer_id))
+        """Let up to three peers try to connect to this machine at TCP ``port`` and to meet ``peer_id`` there.
+
+        The first that could decides. Nobody is waited for longer than 8 s.
+        """
+        nearest = await self.node.nearest_nodes(node_id(peer_id), min_patience_s=_CHECKERS_PATIENCE_S)
 
         async def ask(contact: Contact, token: bytes) -> Reached | None:
             answer = await self.node.protocol.call(
                 contact.address,
                 CheckReachable(token=token, port=port, peer_id=peer_id.digest),
                 destination=contact.id,
-                timeout_s=_CHECK_TIMEOUT_S,
+                timeout_s=CHECK_TIMEOUT_S,
                 num_attempts=1,
             )
             return answer.response if answer is not None and isinstance(answer.response, Reached) else None
 
-        answers = await asyncio.gather(*(ask(contact, token) for contact, token in nearest[:_MAX_CHECKERS]))
-        tried = [answer for answer in answers if answer is not None and answer.is_reachable is not None]
+        answers: list[Reached] = []
+        asking = [asyncio.create_task(ask(contact, token)) for contact, token in nearest[:_MAX_CHECKERS]]
+        try:
+            for coming in asyncio.as_completed(asking):
+                answer = await coming
+                if answer is None:
+                    continue
+                if answer.is_reachable:
+                    return Reachability(self.observed_host(), True, "")
+                answers.append(answer)
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
         observed = self.observed_host()
-        if any(answer.is_reachable for answer in tried):
-            return Reachability(observed, True, "")
+        tried = [answer for answer in answers if answer.is_reachable is not None]
         if tried:
             return Reachability(observed, False, tried[0].reason)
-        refusals = [answer.reason for answer in answers if answer is not None]
-        return Reachability(observed, None, refusals[0] if refusals else "no other peer could be asked")
+        return Reachability(observed, None, answers[0].reason if answers else "no other peer could be asked")

@@ -207,10 +207,8 @@ class Node:
                 f"no initial peer answered within {timeout_s:g} s: {tried}; check that one of them runs, that UDP "
                 "reaches its port, that both sides use the same swarm key or none, and that their clocks agree"
             ) from None
-        # A client needs some nodes that answer; a node had better know all its neighbours.
-        await self.nearest_nodes(
-            self.protocol.own.id, min_patience_s=_MIN_PATIENCE_S if self.protocol.is_client else None
-        )
+        # Who answers later than that comes into the routing table all the same.
+        await self.nearest_nodes(self.protocol.own.id, min_patience_s=_MIN_PATIENCE_S)
 
     async def restore(self, contacts: Sequence[Contact]) -> bool:
         """Greet nodes known from before; True as soon as one answers. The others are greeted in the background."""
@@ -298,9 +296,21 @@ class Node:
 
     # --- searching ----------------------------------------------------------------------------------------------------
 
-    async def nearest_nodes(self, key: bytes, *, min_patience_s: float | None = None) -> list[tuple[Contact, bytes]]:
-        """The nodes nearest to ``key`` that answer, each with its token, the nearest first."""
+    async def nearest_nodes(
+        self,
+        key: bytes,
+        *,
+        min_patience_s: float | None = None,
+        on_lull: Callable[[list[tuple[Contact, bytes]]], None] | None = None,
+    ) -> list[tuple[Contact, bytes]]:
+        """The nodes nearest to ``key`` that answer, each with its token, the nearest first.
+
+        ``on_lull`` is given what was found so far when only such are waited for that take long, or are dead.
+        """
         tokens: dict[Contact, bytes] = {}
+
+        def found(crawl: Crawl) -> list[tuple[Contact, bytes]]:
+            return [(contact, tokens[contact]) for contact in crawl.nearest()]
 
         async def ask(contact: Contact) -> list[Contact] | None:
             answer = await self.protocol.call_contact(contact, FindNode(key=key))
@@ -309,8 +319,13 @@ class Node:
             tokens[contact] = answer.response.token
             return self._told(answer, answer.response)
 
-        crawl = await self._crawl(key, ask, min_patience_s=min_patience_s or self._timing.attempt_timeout_s)
-        return [(contact, tokens[contact]) for contact in crawl.nearest()]
+        crawl = await self._crawl(
+            key,
+            ask,
+            min_patience_s=min_patience_s or self._timing.attempt_timeout_s,
+            on_lull=None if on_lull is None else lambda crawl: on_lull(found(crawl)),
+        )
+        return found(crawl)
 
     async def find(self, key: bytes, *, timeout_s: float = 10.0) -> list[SignedAnnouncement]:
         """All announcements under ``key`` that the nearest nodes keep, verified, the winner of each slot.
@@ -376,7 +391,8 @@ class Node:
     async def offer(self, key: bytes, encoded: bytes, *, timeout_s: float = 15.0) -> Kept:
         """Keep an announcement at the nodes nearest to ``key``, this one included.
 
-        Nodes that were found a few minutes ago are not searched for again as long as most of them keep it.
+        Nodes that were found a few minutes ago are not searched for again as long as most of them keep it. Nobody gets
+        it later because others are slow or dead.
 
         Raises:
             InvalidAnnouncementError: it is not valid (any more), or not for this key.
@@ -392,23 +408,40 @@ class Node:
             response = None if answer is None else answer.response
             outcomes.append(response if isinstance(response, Stored) else None)
 
-        async def store_at_all(nearest: Sequence[tuple[Contact, bytes]]) -> None:
+        def store_here(nearest: Sequence[tuple[Contact, bytes]]) -> None:
             nonlocal is_kept_here
-            outcomes.clear()
             if not self.protocol.is_client and self._is_near(key, nearest):
                 self.storage.store(key, encoded, source_host="127.0.0.1", now_s=self.clock())
                 is_kept_here = True
-            await asyncio.gather(*(store_at(contact, token) for contact, token in nearest))
+
+        async def search_and_store() -> None:
+            storing: dict[Contact, asyncio.Task[None]] = {}
+
+            def store_at_all(nearest: Sequence[tuple[Contact, bytes]]) -> None:
+                for contact, token in nearest:
+                    if contact not in storing:
+                        storing[contact] = asyncio.create_task(store_at(contact, token))
+
+            outcomes.clear()
+            try:
+                nearest = await self.nearest_nodes(key, on_lull=store_at_all)
+                self._remember_places(key, nearest)
+                store_here(nearest)
+                store_at_all(nearest)
+                await asyncio.gather(*storing.values())
+            finally:
+                for task in storing.values():
+                    task.cancel()
+                await asyncio.gather(*storing.values(), return_exceptions=True)
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 known = self._known_places(key)
                 if known is not None:
-                    await store_at_all(known)
+                    store_here(known)
+                    await asyncio.gather(*(store_at(contact, token) for contact, token in known))
                 if known is None or _num_kept(outcomes) < _ENOUGH_PLACES * len(known):
-                    nearest = await self.nearest_nodes(key)
-                    self._remember_places(key, nearest)
-                    await store_at_all(nearest)
+                    await search_and_store()
         num_kept = _num_kept(outcomes)
         if not num_kept and (self.initial_peers or not is_kept_here):
             reasons = Counter("no answer" if outcome is None else outcome.reason for outcome in outcomes)
@@ -452,6 +485,7 @@ class Node:
         ask: Callable[[Contact], Awaitable[list[Contact] | None]],
         *,
         min_patience_s: float,
+        on_lull: Callable[[Crawl], None] | None = None,
     ) -> Crawl:
         """Search for the nodes nearest to ``key``.
 
@@ -468,6 +502,8 @@ class Node:
             while not crawl.is_done:
                 for contact in crawl.take():
                     under_way[asyncio.ensure_future(ask(contact))] = (contact, loop.time())
+                if on_lull is not None and all(contact in stalled for contact, _ in under_way.values()):
+                    on_lull(crawl)
                 usual_s = self.protocol.recent_rtt_s if slowest_s is None else slowest_s
                 stall_s = max(_MIN_PATIENCE_S, 4 * usual_s)
                 patience_s = math.inf if slowest_s is None else max(min_patience_s, 4 * slowest_s)
