@@ -114,8 +114,8 @@ def test_a_section_has_every_figure_and_what_went_wrong() -> None:
     assert "(p.png)" in text
     assert "### loopback" in text
     assert "### 300 ms" not in text, "nothing was measured there"
-    assert "| decode, one stream | Transformers, local | 11.0 (10.5 to 11.5) tokens/s | reference |  |" in text
-    assert "| Petals, 1 server | 6.00 (5.50 to 7.50) tokens/s | 0.600 (0.550 to 0.750) | a\\|b |" in text
+    assert "| decode, one stream | Transformers, local | 11.0 (10.5 to 11.5) tokens/s | 2 | reference |  |" in text
+    assert "| Petals, 1 server | 6.00 (5.50 to 7.50) tokens/s | 3 | 0.600 (0.550 to 0.750) | a\\|b |" in text
 
 
 def test_pictures_show_what_was_measured(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ _COLORS = {
 }
 
 
-def rows(plan: Plan, figures: Sequence[Figure], network: Network) -> list[tuple[str, str, str, str, str]]:
-    """A network's table: scenario, mode, median with quartiles, share of the reference's speed, remark."""
+def rows(plan: Plan, figures: Sequence[Figure], network: Network) -> list[tuple[str, str, str, str, str, str]]:
+    """A network's table: scenario, mode, median with quartiles, rounds, share of the reference's speed, remark."""
     titles = {mode.name: mode.title for mode in plan.modes}
     table = []
     for scenario in plan.scenarios:
@@ -39,6 +39,7 @@ def rows(plan: Plan, figures: Sequence[Figure], network: Network) -> list[tuple[
                     scenario.title,
                     titles[figure.mode],
                     f"{spread} {figure.unit}" if spread else "none",
+                    str(len(figure.values)),
                     "reference" if figure.mode == figure.reference else f"{ratio}" if ratio else "none",
                     figure.error or "",
                 )
@@ -97,7 +98,7 @@ def _hop_s(found: dict[tuple[str, str, str], Figure], mode: str) -> list[float]:
     return [(1 / remote - 1 / local) / HOP_SERVERS for remote, local in rates]
 
 
-_HEADINGS = ("scenario", "mode", "median (quartiles)", "times as fast", "remark")
+_HEADINGS = ("scenario", "mode", "median (quartiles)", "rounds", "times as fast", "remark")
 
 
 def print_tables(console: Console, plan: Plan, figures: Sequence[Figure]) -> None:
@@ -131,8 +132,8 @@ def markdown(plan: Plan, figures: Sequence[Figure], *, heading: str, facts: Sequ
         found = rows(plan, figures, network)
         if not found:
             continue
-        remarks = any(row[4] for row in found)
-        width = 5 if remarks else 4
+        remarks = any(row[-1] for row in found)
+        width = len(_HEADINGS) if remarks else len(_HEADINGS) - 1
         lines = [_markdown_row(_HEADINGS[:width]), _markdown_row(["---"] * width)]
         lines += [_markdown_row(row[:width]) for row in found]
         parts.append(f"### {network.title}\n\n" + "\n".join(lines))
