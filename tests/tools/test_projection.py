@@ -29,3 +29,20 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     assert chain.step_s(slower) - chain.step_s(row) == pytest.approx(4 * 0.05)
     assert chain.step_s(row) - projection.Chain(hop_s=0.0).step_s(row) == pytest.approx(0.03)
     assert "PROJECTION" in (TOOLS / "projection.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "row", projection.project_forwards(0.001), ids=lambda each: f"{each.row.network} {each.row.num_rows} rows"
+)
+def test_published_forwards_come_out(row: projection.ForwardProjection) -> None:
+    assert abs(row.deviation) <= projection.MAX_DEVIATION
+    assert row.ours < row.ours_in_int8
+
+
+def test_a_transfer_grows_its_window_with_every_round_trip() -> None:
+    slow = projection.FORWARD_ROWS[2]
+    forward = projection.Forward(state_bytes=1, window_bytes=10 * projection.FIRST_WINDOW_BYTES)
+    first = projection.FIRST_WINDOW_BYTES
+    assert forward.transfer_s(slow, first) == pytest.approx(0.05 + first * 8 / 1e8)
+    assert forward.transfer_s(slow, 3 * first) == pytest.approx(0.05 + 0.1 + 2 * first * 8 / 1e8)
+    assert forward.transfer_s(slow, 35 * first) == pytest.approx(0.05 + 0.5 + 10 * first * 8 / 1e8), "1 2 4 8 10 10"

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,7 +265,8 @@ class Suite:
         scratch = self._scratch / f"{mode.name}-{model.num_blocks}"
         scratch.mkdir(exist_ok=True)
         draft = str(text.DRAFT) if mode.has_drafts else ""
-        arguments = [mode.kind, str(model.folder), address, str(scratch), draft]
+        folder = _uncached_copy(model.folder, scratch) if mode.kind is Kind.DISK_OFFLOAD else model.folder
+        arguments = [mode.kind, str(folder), address, str(scratch), draft]
         program = [*prefix, sys.executable, "-m", "bench.worker", *arguments]
         worker = Worker(mode.name, program, {"PYTHONPATH": str(TOOLS)})
         group = self._memory_group(worker, stack) if mode.kind is Kind.DISK_OFFLOAD else None
@@ -344,6 +346,18 @@ class _Workers:
         self._workers.pop(mode.name, None)
         if stack := self._stacks.pop(mode.name, None):
             stack.close()
+
+
+def _uncached_copy(folder: Path, scratch: Path) -> Path:
+    """A checkpoint of which nothing is in memory: pages that others have read would not count for who uses them."""
+    copy = scratch / "checkpoint"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    for path in copy.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return copy
 
 
 def place(host: str, is_lab: bool) -> local_swarm.Place:
