@@ -30,6 +30,8 @@ START_TIMEOUT_S = 120.0
 DISK_SHARE = 0.25
 """Disk offloading gets memory for this share of the model's weights, less than half of what one A100 has for those of
 BLOOM-176B in int8."""
+COMPUTING_BYTES = 96 << 20
+"""And this for what it computes."""
 STOP_TIMEOUT_S = 2.0
 """Servers of Petals 2.2.0 leave nothing behind that a longer wait would save."""
 LEAST_DECODING_S = 2.0
@@ -155,7 +157,10 @@ class Suite:
             values = [each[mode.name] for each in rounds]
             found = tuple(value for value in values if value is not None)
             theirs = [each[cell.reference.name] for each in rounds]
-            figure = self._nothing(cell, mode, errors.get(mode.name) or (None if found else _TIME_IS_UP))
+            error = errors.get(mode.name)
+            if found and error == _TIME_IS_UP:
+                error = None
+            figure = self._nothing(cell, mode, error if found or error else _TIME_IS_UP)
             ratios = () if mode == cell.reference else speed_ratios(cell.scenario.unit, values, theirs)
             yield dataclasses.replace(figure, values=found, ratios=ratios)
 
@@ -164,7 +169,7 @@ class Suite:
         try:
             return action()
         except (WorkerError, local_swarm.ProcessError) as error:
-            errors[mode.name] = str(error).partition("\n")[0]
+            errors[mode.name] = _TIME_IS_UP if self._is_late else str(error).partition("\n")[0]
             self._say(f"  {mode.title}: {error}")
             workers.drop(mode)  # after an error nobody knows what state it is in
             return None
@@ -273,11 +278,10 @@ class Suite:
         stack.callback(worker.stop)
         worker.receive(self._limit_s(START_TIMEOUT_S))
         if group is not None:
-            num_bytes = group.own_bytes() + int(DISK_SHARE * model.weight_bytes)
-            group.limit(num_bytes)
+            group.limit(group.own_bytes() + int(DISK_SHARE * model.weight_bytes) + COMPUTING_BYTES)
             self._note(
-                f"disk offload: memory for {DISK_SHARE:.0%} of the weights beside what the process had taken when it "
-                f"was ready, {num_bytes >> 20} MiB together; the system's cache of files counts"
+                f"disk offload: memory for {DISK_SHARE:.0%} of the weights and {COMPUTING_BYTES >> 20} MiB to compute "
+                "with, beside what the process had taken when it was ready; the system's cache of files counts"
             )
         return worker
 
