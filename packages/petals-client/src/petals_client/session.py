@@ -1,11 +1,11 @@
-"""A session with one server of a chain: what goes out on its stream, and a task that reads what comes in."""
+"""A session with one server of a chain: what goes out on its stream, and who gets what comes in."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from petals_core.announcement import SignedAnnouncement
@@ -18,11 +18,13 @@ from petals_core.routing.graph import Hop
 from petals_core.steps import StepRequest
 from petals_core.tensors.states import States as States
 from petals_core.tensors.states import read_states as read_states
+from petals_core.wire.events import MessageReceived
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
     SESSION_ID_BYTES,
     Body,
     Buffer,
+    Failure,
     Message,
     OpenSession,
     Progress,
@@ -38,7 +40,7 @@ from petals_core.wire.messages import (
 _BACKLOG_BYTES = 4 * MIB
 """Of steps that wait for the network before the sender does."""
 B = TypeVar("B", bound=Body)
-OnMessage = Callable[["HopSession", Message], Awaitable[None]]
+OnMessage = Callable[["HopSession", MessageReceived], None]
 OnFailure = Callable[["HopSession", PetalsError], None]
 
 
@@ -60,7 +62,9 @@ class HopSession:
         """Before this time nobody is looked for to take the place of this server, which is about to stop."""
         self._stream = stream
         self._route: Route | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._on_message: OnMessage
+        self._on_failure: OnFailure
 
     @classmethod
     async def open(
@@ -101,11 +105,17 @@ class HopSession:
         return os.urandom(SESSION_ID_BYTES)
 
     def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
-        """Hand what comes to its user.
+        """Hand what comes to its user, who is to :meth:`accept` it; a ``PetalsError`` of his breaks the session.
 
         ``on_failure`` is called for each step that fails, with ``error.attempt`` set, and once when the session breaks.
         """
-        self._reader = asyncio.create_task(self._read(on_message, on_failure))
+        self._on_message, self._on_failure = on_message, on_failure
+        self._stream.hand_on(self._receive)
+        self._watcher = asyncio.create_task(self._watch())
+
+    def accept(self, event: MessageReceived) -> Message:
+        """What has come, whose credit goes back to the server with it."""
+        return self._stream.accept(event)
 
     async def send(self, step: Step, payload: Sequence[Buffer]) -> None:
         """Send a step; waits while much waits for the network already. The payload must not change any more.
@@ -178,8 +188,8 @@ class HopSession:
 
     def close(self) -> None:
         """Tell the server that the session is over; never blocks, idempotent."""
-        if self._reader is not None:
-            self._reader.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
         self._stream.cancel()
 
     async def _ask(self, request: Body, reply: type[B], timeout_s: float) -> B:
@@ -187,22 +197,32 @@ class HopSession:
         assert isinstance(message.body, reply)
         return message.body
 
-    async def _read(self, on_message: OnMessage, on_failure: OnFailure) -> None:
-        while True:
-            try:
-                await on_message(self, await self._stream.receive(timeout_s=None))
-            except EndOfStreamError:
-                error: PetalsError = ProtocolError("it ended the session by itself")
-            except PetalsError as failure:
-                if failure.attempt is not None:
-                    on_failure(self, failure)
-                    continue
-                error = failure
-            else:
-                continue
-            self.error = self.error or error
-            on_failure(self, error)
+    def _receive(self, event: MessageReceived) -> None:
+        if self.error is not None:
             return
+        try:
+            if isinstance(event.message.body, Failure):
+                self.accept(event)
+            self._on_message(self, event)
+        except PetalsError as error:
+            if error.attempt is not None:
+                self._on_failure(self, error)
+            else:
+                self._break(error)
+
+    async def _watch(self) -> None:
+        """Wait for the end of the stream, which is the session's."""
+        try:
+            await self._stream.receive(timeout_s=None)
+        except EndOfStreamError:
+            self._break(ProtocolError("it ended the session by itself"))
+        except PetalsError as error:
+            self._break(error)
+
+    def _break(self, error: PetalsError) -> None:
+        if self.error is None:
+            self.error = error
+            self._on_failure(self, error)
 
 
 def make_step(

@@ -23,6 +23,7 @@ from petals_core.errors import Disposition, InvalidRequestError, PetalsError, Pr
 from petals_core.routing.graph import Chain
 from petals_core.steps import StepHistory, StepRequest
 from petals_core.tensors.codec import TensorSpec
+from petals_core.wire.events import MessageReceived
 from petals_core.wire.messages import Message, Step, StepResult
 
 _logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class SwarmSession:
         self._next_number = 0
         self._flight: Flight | None = None
         self._trips: list[HopTrace] = []
+        self._carrying: set[asyncio.Task[None]] = set()
         self._recovery = Recovery(self)
 
     @property
@@ -155,6 +157,8 @@ class SwarmSession:
         hops, self.hops = self.hops, []
         for session in hops:
             session.close()
+        for task in self._carrying:
+            task.cancel()
         if self._flight is not None:
             self._flight.interrupt()
 
@@ -205,21 +209,32 @@ class SwarmSession:
 
     # --- what comes from the servers ----------------------------------------------------------------------------------
 
-    async def _on_message(self, hop: HopSession, message: Message) -> None:
+    def _on_message(self, hop: HopSession, event: MessageReceived) -> None:
+        message = event.message
         body = message.body
         if not isinstance(body, (Step, StepResult)):
             raise ProtocolError(f"the server sent {type(body).__name__} in a session")
-        if body.attempt != self.attempt or hop not in self.hops:
-            return
-        index = self.hops.index(hop)
-        if isinstance(body, Step):
+        is_for_us = body.attempt == self.attempt and hop in self.hops
+        if isinstance(body, Step) and is_for_us:
+            index = self.hops.index(hop)
             if index + 1 >= len(self.hops):
                 raise ProtocolError("the last server of the chain passed states on")
-            await self.send(index + 1, body, self._read_carried(body, message))
-        elif not body.tensors:
+            carrying = asyncio.create_task(self._carry(hop, event, index + 1, body, self._read_carried(body, message)))
+            self._carrying.add(carrying)
+            carrying.add_done_callback(self._carrying.discard)
+            return
+        hop.accept(event)
+        if not is_for_us or isinstance(body, Step):
+            return
+        if not body.tensors:
             self._recovery.acknowledged(hop, body.step)
-        elif index + 1 == len(self.hops) and self._flight is not None:
+        elif hop is self.hops[-1] and self._flight is not None:
             self._take(self._flight, body, message)
+
+    async def _carry(self, hop: HopSession, event: MessageReceived, index: int, step: Step, states: States) -> None:
+        """Send on what a server could not; it sends more when the network has taken this."""
+        await self.send(index, step, states)
+        hop.accept(event)
 
     def _read_carried(self, step: Step, message: Message) -> States:
         """States that a server could not pass on itself."""

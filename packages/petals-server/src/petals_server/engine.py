@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar, final
 
 from petals_core.errors import DeadlineExceededError, DrainingError, OverloadedError, PetalsError, RemoteFailureError
@@ -121,8 +122,12 @@ class Engine:
         """``weight`` of a peer in the shares of the device; called in either thread."""
         self._limits = limits
         self._loop = asyncio.get_running_loop()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         """Around everything that both threads touch: the scheduler, the pages, whether the engine is closed."""
+        # In C, where a condition variable runs a page of Python on both sides, in the middle of each step.
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._is_listening = False
+        """Whether the device's thread waits for the bell."""
         self._scheduler = Scheduler(
             Shares(weight), Pace(decode_tokens_per_s=1.0, bulk_tokens_per_s=1.0, max_turn_tokens=512)
         )
@@ -142,7 +147,7 @@ class Engine:
 
     def adopt(self, pages: CachePages, pace: Pace) -> None:
         """Take up the pages and the measured speed of a model that is ready."""
-        with self._changed:
+        with self._lock:
             self.pages = pages
             self._scheduler.pace = pace
 
@@ -188,15 +193,15 @@ class Engine:
             else:
                 work.prepare()
             work._future = self._loop.create_future()
-            with self._changed:
+            with self._lock:
                 if self._is_closed:
                     raise DrainingError("the server is stopping")
                 self._scheduler.add(work, time.monotonic())
-                self._changed.notify()
+                self._ring()
             try:
                 await work._future
             except asyncio.CancelledError:
-                with self._changed:
+                with self._lock:
                     self._scheduler.remove(work)
                 raise
             if work.is_heavy:
@@ -212,22 +217,28 @@ class Engine:
 
     def close_session(self, session: object, close: Callable[[], None]) -> None:
         """Let a session give its pages back, by ``close``, at once: what is computed for it still is for nobody."""
-        with self._changed:
+        with self._lock:
             self._scheduler.pace.forget(session)
             close()
-            self._changed.notify()
+            self._ring()
         self._note_pages()
 
     async def close(self) -> None:
         """Drop all work (its callers get ``DrainingError``), and end the thread after the turn under way."""
         if self._is_closed:
             return
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-            self._changed.notify()
+            self._ring()
         await self._stopped.wait()
         self._thread.join()  # It has nothing left to do but to return.
         self._coder.shutdown(wait=False)
+
+    def _ring(self) -> None:
+        """Let the device's thread look again, if it waits; with the lock held."""
+        if self._is_listening:
+            self._is_listening = False
+            self._bell.put(None)
 
     # --- in the device's thread ---------------------------------------------------------------------------------------
 
@@ -242,8 +253,9 @@ class Engine:
 
     def _decide(self) -> Plan | None:
         """Wait for something to compute; None when the engine is closed."""
-        with self._changed:
-            while True:
+        while True:
+            with self._lock:
+                self._is_listening = False
                 if self._is_closed:
                     self._hand_back(
                         [(work, DrainingError("the server is stopping")) for work in self._scheduler.requests]
@@ -260,8 +272,10 @@ class Engine:
                         continue
                 if isinstance(plan, Plan):
                     return plan
-                wake_s = min((each for each in (plan.until_s, next_s) if each is not None), default=None)
-                self._changed.wait(None if wake_s is None else max(0.0, wake_s - now_s))
+                self._is_listening = True
+            wake_s = min((each for each in (plan.until_s, next_s) if each is not None), default=None)
+            with contextlib.suppress(Empty):
+                self._bell.get(timeout=None if wake_s is None else max(0.0, wake_s - now_s))
 
     def _drop_late(self, now_s: float) -> float | None:
         """Give up what is past its deadline; returns the next deadline."""
@@ -321,7 +335,7 @@ class Engine:
 
     def _absorb(self, plan: Plan, outcome: Outcome, started_s: float, ended_s: float) -> None:
         """Hand back what is complete or failed; the rest stays with the scheduler."""
-        with self._changed:
+        with self._lock:
             for request, _ in outcome.failures:
                 self._scheduler.remove(request)
             finished: list[tuple[Request, Exception | None]] = [*outcome.failures]

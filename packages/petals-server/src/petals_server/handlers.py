@@ -225,7 +225,6 @@ class RequestHandler:
             result = await self._engine.compute(work)
         finally:
             self.sessions.settle(reservation, self.sessions.count_tokens(num_rows, session.ledger.num_columns))
-        self._note(reservation.peer_id, step, session.span)
         await place.deliver(
             step,
             States(spec=result.spec, payload=result.buffers),
@@ -233,6 +232,7 @@ class RequestHandler:
             compute_us=_microseconds(work.compute_s),
             deadline_s=deadline_s,
         )
+        self._note(reservation.peer_id, step, session.span)
 
     def _step_work(self, session: SessionState, states: PackedStates, **options: Any) -> Work[EncodedStates]:
         if isinstance(session, LoneSession):

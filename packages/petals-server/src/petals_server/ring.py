@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from petals_core.announcement import SignedAnnouncement
@@ -34,6 +35,7 @@ from petals_core.net.dialer import Dialer, PeerConnection
 from petals_core.net.stream import Stream
 from petals_core.steps import StepHistory, StepRequest, merge, straighten
 from petals_core.tensors.states import States, join_states, select_rows
+from petals_core.wire.events import MessageReceived
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
     Message,
@@ -52,8 +54,6 @@ from petals_server.config import ServerLimits
 
 log = logging.getLogger(__name__)
 
-_MAX_WAITING_STEPS: Final = 2
-"""Steps of one session that were taken from the wire and not computed; the others wait as the wire's credit says."""
 _MAX_CONNECTIONS: Final = 128
 """To next servers; more stay open only while sessions use them."""
 _BACKLOG_BYTES: Final = 4 * MIB
@@ -63,6 +63,16 @@ RingRequest = Route | Replay | ProgressRequest | Push
 RING_REQUESTS: Final = (Route, Replay, ProgressRequest, Push)
 StepHandler = Callable[["RingSession", Step, Message, float], Awaitable[None]]
 """Computes a step that arrived at a time (``time.monotonic``), and delivers what comes of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A message on its way into a session."""
+
+    stream: Stream
+    """The client's, or that of the server before."""
+    event: MessageReceived
+    arrived_s: float
 
 
 class RingSession:
@@ -76,9 +86,8 @@ class RingSession:
         self._table = table
         self._stream = stream
         """The client's."""
-        self._inbox: asyncio.Queue[tuple[Step, Message, float] | tuple[Replay, asyncio.Future[int | None]]] = (
-            asyncio.Queue(_MAX_WAITING_STEPS)
-        )
+        self._inbox: asyncio.Queue[_Arrival | tuple[Replay, asyncio.Future[int | None]]] = asyncio.Queue()
+        """What is to be done, in order. The wire's credit, which goes back when a message's turn comes, bounds it."""
         self._attempt = 0
         self._failed_attempt = -1
         self._received: int | None = None
@@ -107,11 +116,12 @@ class RingSession:
             PetalsError: a step failed in a way that leaves nothing to go on with, or the client is gone.
         """
         worker = asyncio.create_task(self._work(handle))
+        self._stream.hand_on(functools.partial(self._note_arrival, self._stream))
         try:
             while True:
                 left_s = max_idle_s - (time.monotonic() - self._active_s)
                 try:
-                    message = await self._stream.receive(timeout_s=max(0.0, left_s))
+                    await self._stream.receive(timeout_s=max(0.0, left_s))
                 except DeadlineExceededError:
                     if self._stream.error is not None:
                         raise  # of a step that was cut short, which ended the session
@@ -120,11 +130,6 @@ class RingSession:
                     raise CacheLostError(
                         f"the session was idle for {max_idle_s:.0f} s and is closed: open a new one"
                     ) from None
-                if isinstance(message.body, Step):
-                    await self.take(message.body, message)
-                else:
-                    error = InvalidRequestError(f"a session takes steps, not {type(message.body).__name__}")
-                    await self._stream.fail(error, end=False)
         finally:
             worker.cancel()
             await asyncio.wait([worker])
@@ -132,28 +137,30 @@ class RingSession:
                 if stream is not None:
                     stream.cancel()
 
-    async def take(self, step: Step, message: Message) -> None:
-        """Put a step at the end of the queue, waiting for room in it."""
+    def _note_arrival(self, stream: Stream, event: MessageReceived) -> None:
+        """Put what the client or the server before has sent at the end of the queue."""
         self._active_s = time.monotonic()
-        if step.attempt > self._attempt:
-            self._begin_attempt(step.attempt)
-        if step.attempt == self._attempt:
-            self._received = step.step
-        await self._inbox.put((step, message, self._active_s))
+        step = event.message.body
+        if isinstance(step, Step):
+            if step.attempt > self._attempt:
+                self._begin_attempt(step.attempt)
+            if step.attempt == self._attempt:
+                self._received = step.step
+        self._inbox.put_nowait(_Arrival(stream, event, self._active_s))
 
     # --- computing ----------------------------------------------------------------------------------------------------
 
     async def _work(self, handle: StepHandler) -> None:
         while True:
             item = await self._inbox.get()
-            if isinstance(item[0], Replay):
+            if not isinstance(item, _Arrival):
                 await self._replay(*item)
                 continue
-            step, message, arrived_s = item
-            if step.attempt < self._attempt or step.attempt == self._failed_attempt:
+            step = await self._open(item)
+            if step is None or step.attempt < self._attempt or step.attempt == self._failed_attempt:
                 continue
             try:
-                await handle(self, step, message, arrived_s)
+                await handle(self, step, item.event.message, item.arrived_s)
             except PetalsError as error:
                 await self._fail(error, step.attempt)
             except Exception:
@@ -161,6 +168,24 @@ class RingSession:
                 self._stream.cancel(RemoteFailureError("internal error of the server"))
                 raise
             self._active_s = time.monotonic()
+
+    async def _open(self, arrival: _Arrival) -> Step | None:
+        """The step that has arrived; None if it counts no more, or is something else."""
+        stream = arrival.stream
+        body = arrival.event.message.body
+        with contextlib.suppress(PetalsError):  # a ``Failure``, which nobody has to send here
+            stream.accept(arrival.event)
+        if stream is not self._stream and stream is not self._inlet:
+            return None
+        if isinstance(body, Step):
+            return body
+        error = InvalidRequestError(f"a session takes steps, not {type(body).__name__}")
+        if stream is self._inlet:
+            stream.cancel(error)
+            return None
+        with contextlib.suppress(PetalsError):  # the client is gone, which ends the session
+            await stream.fail(error, end=False)
+        return None
 
     async def _fail(self, error: PetalsError, attempt: int) -> None:
         """Tell the client that a step failed; what follows it in the same attempt makes no sense any more."""
@@ -174,7 +199,7 @@ class RingSession:
         self._stream.cancel(error)
 
     async def deliver(self, step: Step, output: States, *, queue_us: int, compute_us: int, deadline_s: float) -> None:
-        """Keep a step's output where it may be needed again, and send it where it belongs.
+        """Send a step's output where it belongs, and keep it where it may be needed again.
 
         Raises:
             PetalsError: the client is gone.
@@ -182,10 +207,15 @@ class RingSession:
         self.applied = step.step
         if step.attempt == self._attempt:
             self._computed = step.step
-        if not self._is_last:
-            self._table.keep(self, step, output)
-        if step.attempt < self._attempt:
-            return  # the client has begun anew meanwhile, and sends it again
+        is_to_be_kept = not self._is_last
+        try:
+            if step.attempt >= self._attempt:  # else the client has begun anew meanwhile, and sends it again
+                await self._send(step, output, queue_us, compute_us, deadline_s)
+        finally:
+            if is_to_be_kept:
+                self._table.keep(self, step, output)
+
+    async def _send(self, step: Step, output: States, queue_us: int, compute_us: int, deadline_s: float) -> None:
         connection = self._next_connection if self._outlet is not None else None
         delay_us = 0 if connection is None else _microseconds(connection.rtt_s / 2)
         hops = (*(step.hops or ()), (queue_us, compute_us, delay_us))[:MAX_HOPS]
@@ -239,7 +269,7 @@ class RingSession:
         """
         self._begin_attempt(request.attempt)
         future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        await self._inbox.put((request, future))
+        self._inbox.put_nowait((request, future))
         return await future
 
     async def _replay(self, request: Replay, future: asyncio.Future[int | None]) -> None:
@@ -326,14 +356,10 @@ class RingSession:
         if self._inlet is not None:
             self._inlet.cancel()
         self._inlet = stream
+        stream.hand_on(functools.partial(self._note_arrival, stream))
         await stream.send(Pushed())
         while True:
-            message = await stream.receive(timeout_s=None)
-            if self._inlet is not stream:
-                return
-            if not isinstance(message.body, Step):
-                raise InvalidRequestError(f"steps are pushed, not {type(message.body).__name__}")
-            await self.take(message.body, message)
+            await stream.receive(timeout_s=None)  # its end
 
     def _begin_attempt(self, attempt: int) -> None:
         if attempt > self._attempt:

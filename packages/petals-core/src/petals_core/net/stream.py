@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from petals_core.errors import CancelledByPeerError, DeadlineExceededError, PetalsError
@@ -36,6 +36,7 @@ class Stream:
         "_error",
         "_handler",
         "_inbox",
+        "_on_message",
         "_packing",
         "_waiter",
         "peer_id",
@@ -51,6 +52,7 @@ class Stream:
         """Of messages sent from now on."""
         self._connection = connection
         self._inbox: deque[MessageReceived] = deque()
+        self._on_message: Callable[[MessageReceived], None] | None = None
         self._packing = asyncio.Lock()
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
@@ -114,10 +116,26 @@ class Stream:
         inbox = self._inbox
         if not inbox:
             await self._arrival(timeout_s)
-        event = inbox.popleft()
-        connection = self._connection
-        connection.wire.consumed(event)
-        connection.flush()
+        return self.accept(inbox.popleft())
+
+    def hand_on(self, on_message: Callable[[MessageReceived], None]) -> None:
+        """Call ``on_message`` with what comes, at once and before the stream ends, beginning with what has come.
+
+        It is to ``accept`` each message when there is room for the next one. From now on ``receive`` waits for the end
+        of the stream alone, and tells it as ever.
+        """
+        self._on_message = on_message
+        while self._inbox:
+            on_message(self._inbox.popleft())
+
+    def accept(self, event: MessageReceived) -> Message:
+        """The message of an event, whose credit goes back to the peer with it; once for each.
+
+        Raises:
+            PetalsError: it is a ``Failure``, which says this.
+        """
+        self._connection.wire.consumed(event)
+        self._connection.flush()
         message = event.message
         if type(message.body) is Failure:
             raise message.body.to_error()
@@ -157,6 +175,9 @@ class Stream:
 
     def deliver(self, event: MessageReceived) -> None:
         """A message has come."""
+        if self._on_message is not None:
+            self._on_message(event)
+            return
         self._inbox.append(event)
         self._wake()
 
