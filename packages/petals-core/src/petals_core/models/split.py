@@ -184,6 +184,7 @@ class Span:
         self.start = start
         self.end = end
         self.dtype = dtype
+        self.device: torch.device = model.device  # found by a walk through all modules, which a step has no time for
         self.quantization = quantization
         """One of ``petals_core.announcement.QUANTIZATIONS``."""
         self._continues_by_tokens = model.config.model_type in internals.CONTINUED_BY_TOKENS
@@ -197,10 +198,6 @@ class Span:
     def config(self) -> PreTrainedConfig:
         """The model's config with the span's number of blocks and per-block lists."""
         return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     @property
     def hidden_size(self) -> int:

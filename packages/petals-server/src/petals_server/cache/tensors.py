@@ -53,6 +53,9 @@ class CacheTensors:
         self.page_tokens = pages.page_tokens
         windows = [group.window for group in pages.groups]
         self.group_of = tuple(windows.index(kind.window) for kind in kinds)
+        seen = [(kind.window, kind.is_chunked) for kind in kinds]
+        self.kind_of = tuple(map(seen.index, seen))
+        """For each block the first one whose tokens see the same."""
         self.keys_SGD: list[torch.Tensor] = []
         self.values_SGD: list[torch.Tensor] = []
         for kind, group in zip(kinds, self.group_of, strict=True):

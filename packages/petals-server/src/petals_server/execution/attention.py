@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from petals_core.models import transformers_attention
 from petals_server.execution import batch as batches
-from petals_server.execution.batch import RowView
+from petals_server.execution.batch import Batch, RowView
 
 NAME: Final = "petals_packed"
-OPTIONS: Final = frozenset({"scaling", "softcap", "s_aux"})
-"""What :func:`attend` reads of what Transformers' blocks pass on beside the states."""
+OPTIONS: Final = ("scaling", "softcap", "s_aux")
+"""What :func:`attend` reads of what Transformers' blocks pass on beside the states, as :func:`attend_in` takes it."""
 _MAX_FOLDED: Final = 16
 """New tokens of a row up to which its heads are folded together: then each head of keys is read once."""
 
@@ -50,7 +50,21 @@ def attend(
     """
     batch = batches.current()
     assert batch is not None, "packed attention outside of a packed batch"
-    layer = batch.first_layer + cast(int, module.layer_idx)
+    return attend_in(batch, cast(int, module.layer_idx), query, key, value, scaling, softcap, s_aux), None
+
+
+def attend_in(
+    batch: Batch,
+    block: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same in a batch, for a block of the span."""
+    layer = batch.first_layer + block
     cache = batch.cache
     slots_T = batch.slots_T(cache.group_of[layer])
     keys_SGD, values_SGD = cache.keys_SGD[layer], cache.values_SGD[layer]
@@ -68,16 +82,20 @@ def attend(
             scale=scale,
             window=kind.window,
         )
-        return output_THD[None], None
+        return output_THD[None]
     views = batch.views(layer)
-    outputs = [
-        _attend_row(
-            query[0, :, view.start : view.start + view.count], keys_SGD, values_SGD, view, scale, softcap, s_aux
+    if len(views) == 1:
+        output_TE = _attend_row(query[0], keys_SGD, values_SGD, views[0], scale, softcap, s_aux)
+    else:
+        output_TE = torch.cat(
+            [
+                _attend_row(
+                    query[0, :, view.start : view.start + view.count], keys_SGD, values_SGD, view, scale, softcap, s_aux
+                )
+                for view in views
+            ]
         )
-        for view in views
-    ]
-    output_TE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output_TE.view(1, batch.num_tokens, num_heads, -1), None
+    return output_TE.view(1, batch.num_tokens, num_heads, -1)
 
 
 def _attend_row(

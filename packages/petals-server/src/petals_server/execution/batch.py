@@ -62,7 +62,7 @@ class Batch:
         self.num_tokens = sum(row.count for row in rows)
         self._slots_T: dict[int, torch.Tensor] = {}
         self._paged: dict[int, PagedRows] = {}
-        self._views: dict[tuple[int | None, bool], list[RowView]] = {}
+        self._views: dict[int, list[RowView]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -91,12 +91,11 @@ class Batch:
 
     def views(self, layer: int) -> list[RowView]:
         """What each row attends to in a block."""
-        kind = self.cache.kinds[layer]
-        key = (kind.window, kind.is_chunked)
-        views = self._views.get(key)
+        number = self.cache.kind_of[layer]
+        views = self._views.get(number)
         if views is None:
-            group = self.cache.group_of[layer]
-            views = self._views[key] = []
+            kind, group = self.cache.kinds[layer], self.cache.group_of[layer]
+            views = self._views[number] = []
             start = 0
             for row in self.rows:
                 views.append(self._view(row, start, kind, group))

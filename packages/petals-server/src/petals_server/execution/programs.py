@@ -22,12 +22,12 @@ from typing import Any, Final, cast
 import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from petals_core.models import transformers_attention
 from petals_core.models.split import Span
 from petals_server.execution import attention
-from petals_server.execution.batch import Batch, active
+from petals_server.execution.batch import Batch
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ _UNKNOWABLE: Final = (
     torch.Tag.nondeterministic_seeded,
 )
 _state = threading.local()
+Program = Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor]
+"""From hidden states [T, H], positions [T] and the batch that they are to hidden states [T, H]."""
 
 
 class RecordingError(Exception):
@@ -51,7 +53,7 @@ class StepPrograms:
 
     def __init__(self, span: Span) -> None:
         self._span = span
-        self._programs: dict[int, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+        self._programs: dict[int, Program] = {}
         self.is_broken = False
         """Recording failed once: blocks do something that no program holds."""
 
@@ -65,20 +67,19 @@ class StepPrograms:
         Raises:
             RecordingError: it can't be recorded.
         """
-        with active(batch):
-            program = self._programs.get(hidden_TH.shape[0])
-            if program is not None:
-                return program(hidden_TH, positions_T)
-            try:
-                output_TH, program = _record(self._span, hidden_TH, positions_T)
-                if output_TH.isnan().any():
-                    return output_TH  # nothing to compare with
-                # Computing again writes the same keys and values to the same places.
-                if not torch.equal(program(hidden_TH, positions_T), output_TH):
-                    raise RecordingError("the program computes something else")
-            except Exception as error:  # whatever blocks do that no program holds
-                self.is_broken = True
-                raise RecordingError(str(error) or type(error).__name__) from error
+        program = self._programs.get(hidden_TH.shape[0])
+        if program is not None:
+            return program(hidden_TH, positions_T, batch)
+        try:
+            output_TH, program = _record(self._span, hidden_TH, positions_T, batch)
+            if output_TH.isnan().any():
+                return output_TH  # nothing to compare with
+            # Computing again writes the same keys and values to the same places.
+            if not torch.equal(program(hidden_TH, positions_T, batch), output_TH):
+                raise RecordingError("the program computes something else")
+        except Exception as error:  # whatever blocks do that no program holds
+            self.is_broken = True
+            raise RecordingError(str(error) or type(error).__name__) from error
         self._programs[hidden_TH.shape[0]] = program
         return output_TH
 
@@ -86,9 +87,10 @@ class StepPrograms:
 class _Recorder(TorchDispatchMode):
     """Notes operations in a graph while they run."""
 
-    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor], batch: Batch) -> None:
         super().__init__()
         self.graph = fx.Graph()
+        self._batch = batch
         self.constants: list[torch.Tensor] = []
         """Tensors that are older than the recording: weights."""
         self._nodes: dict[int, Any] = {}
@@ -97,7 +99,7 @@ class _Recorder(TorchDispatchMode):
         self._is_noting = True
         for index, tensor in enumerate(inputs):
             self._know(tensor, self.graph.placeholder(f"input_{index}"))
-        self._last_placeholder = next(reversed(self.graph.nodes))
+        self._batch_node = self._last_placeholder = self.graph.placeholder("batch")
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -116,22 +118,17 @@ class _Recorder(TorchDispatchMode):
         self, module: torch.nn.Module, states: Sequence[torch.Tensor], options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, None]:
         """Attend, and note no more than that."""
-        if any(isinstance(each, torch.Tensor) and id(each) in self._nodes for each in tree_leaves(options)):
-            raise RecordingError("attention takes options that are computed")
-
-        def attend_block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            return attention.attend(module, query, key, value, None, **options)[0]
-
+        given: list[Any] = [cast(int, module.layer_idx), *states, *map(options.get, attention.OPTIONS)]
         self._is_noting = False
         try:
-            output = attend_block(*states)
+            output = attention.attend_in(self._batch, *given)
         finally:
             self._is_noting = True
-        self._know(output, self.graph.call_function(attend_block, self._as_nodes(tuple(states))))
+        self._know(output, self.graph.call_function(attention.attend_in, (self._batch_node, *self._as_nodes(given))))
         return output, None
 
     def finish(self, output: torch.Tensor) -> Callable[..., torch.Tensor]:
-        """The program: takes the inputs and then the constants."""
+        """The program: takes the inputs, the batch and then the constants."""
         self.graph.output(self._as_nodes(output))
         return cast(Callable[..., torch.Tensor], fx.GraphModule({}, self.graph).forward)
 
@@ -182,9 +179,9 @@ def _looks_into_tensors(function: Any, args: Sequence[Any]) -> bool:
 
 
 def _record(
-    span: Span, hidden_TH: torch.Tensor, positions_T: torch.Tensor
-) -> tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    recorder = _Recorder((hidden_TH, positions_T))
+    span: Span, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, Program]:
+    recorder = _Recorder((hidden_TH, positions_T), batch)
     _state.recorder = recorder
     try:
         with recorder:
@@ -192,7 +189,7 @@ def _record(
     finally:
         _state.recorder = None
     function, constants = recorder.finish(output_TH), tuple(recorder.constants)
-    return output_TH, lambda hidden_TH, positions_T: function(hidden_TH, positions_T, *constants)
+    return output_TH, lambda hidden_TH, positions_T, batch: function(hidden_TH, positions_T, batch, *constants)
 
 
 def _attend(
@@ -205,8 +202,7 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """In the place of attention while a step is recorded."""
     recorder: _Recorder = _state.recorder
-    used = {name: option for name, option in options.items() if name in attention.OPTIONS and option is not None}
-    return recorder.attend(module, (query, key, value), used)
+    return recorder.attend(module, (query, key, value), options)
 
 
 transformers_attention.register(_NAME, _attend)
