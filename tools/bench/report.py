@@ -178,11 +178,11 @@ def save_picture(path: Path, plan: Plan, figures: Sequence[Figure]) -> None:
     figure, axes = pyplot.subplots(num_rows, num_columns, figsize=(6.5 * num_columns, 3.2 * num_rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    modes = [mode.name for mode in plan.modes]
     titles = {mode.title: mode.name for mode in plan.modes}
     for axis, scenario in zip(axes.flat, panels, strict=False):
         found = _bars(plan, figures, scenario.name)
         networks = list(dict.fromkeys(bar[0] for bar in found))
+        modes = [mode.name for mode in plan.modes if any(bar[1] == mode.title for bar in found)]
         width = 0.8 / len(modes)
         for network, mode, median, low, high in found:
             number = modes.index(titles[mode])
