@@ -11,8 +11,6 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Final
 
-from petals_server.scheduling.company import Company
-
 MAX_WAIT_SHARE: Final = 0.5
 """Of a lone session's turn: how long the device may wait for sessions that usually come back at once.
 
@@ -58,11 +56,9 @@ class Pace:
         self._habits: dict[object, _Habit] = {}
         self._returning: set[object] = set()
         """Those of the last turn with decode steps that have not come back."""
-        self._company = Company()
 
     def note_arrival(self, session: object, now_s: float) -> None:
         """A session's next step is here."""
-        self._company.note_arrival(session, now_s)
         habit = self._habits.get(session)
         if habit is not None:
             if now_s - habit.done_s <= self._max_wait_s:
@@ -91,7 +87,6 @@ class Pace:
         decoded = list(decoded)
         if decoded:
             self._returning = set(decoded)
-            self._company.note_turn(decoded)
         for session in decoded:
             habit = self._habits.get(session)
             if habit is None:
@@ -103,7 +98,6 @@ class Pace:
         """A session is closed."""
         self._habits.pop(session, None)
         self._returning.discard(session)
-        self._company.forget(session)
 
     def decode_turn_s(self, num_decode: int) -> float:
         """What a turn of so many decoding sessions and nothing else takes."""
@@ -125,9 +119,8 @@ class Pace:
         return 1 / self._bulk_token_s
 
     def wait_until(self, present: Set[object], now_s: float) -> float | None:
-        """Until when the device should wait for sessions of the last turn, or for the company of those that are here;
-        None: not at all."""
-        latest = self._company.wait_until(present, self._max_wait_s) or now_s
+        """Until when the device should wait for sessions of the last turn; None: not at all."""
+        latest = now_s
         for session in self._returning:
             if session not in present and not self._habits[session].num_skipped:
                 latest = max(latest, self._habits[session].done_s + self._max_wait_s)
