@@ -51,30 +51,52 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks of err
 @app.command()
 def bootstrap(
     host: Annotated[
-        str | None, typer.Option(metavar="HOST", help="Address to listen on. Default: all of this machine's.")
+        str | None, typer.Option("--host", metavar="HOST", help="Address to listen on. Default: all of this machine's.")
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="UDP port; 0 takes any.")] = DEFAULT_PORT,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="UDP port; 0 takes any.")
+    ] = DEFAULT_PORT,
     announce_host: Annotated[
         str | None,
-        typer.Option(metavar="HOST", help="The name or address by which others reach this machine, if it has another."),
+        typer.Option(
+            "--announce-host",
+            metavar="HOST",
+            help="The name or address by which others reach this machine, if it has another.",
+        ),
     ] = None,
     identity: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="This node's private key; made if missing. Default: one kept for this user."),
+        typer.Option(
+            "--identity",
+            metavar="FILE",
+            help="This node's private key; made if missing. Default: one kept for this user.",
+        ),
     ] = None,
     swarm_key_file: SwarmKeyFile = None,
     initial_peers: InitialPeers = None,
     state: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Where the node writes down whom it knows. Default: one kept for this user and port."
+            "--state",
+            metavar="FILE",
+            help="Where the node writes down whom it knows. Default: one kept for this user and port.",
         ),
     ] = None,
     max_requests_per_s: Annotated[
-        int, typer.Option(min=10, max=1_000_000, metavar="N", help="Requests answered each second, of all together.")
+        int,
+        typer.Option(
+            "--max-requests-per-s",
+            min=10,
+            max=1_000_000,
+            metavar="N",
+            help="Requests answered each second, of all together.",
+        ),
     ] = 5000,
     max_requests_per_source_per_s: Annotated[
-        int, typer.Option(min=10, max=1_000_000, metavar="N", help="The same, for each address.")
+        int,
+        typer.Option(
+            "--max-requests-per-source-per-s", min=10, max=1_000_000, metavar="N", help="The same, for each address."
+        ),
     ] = 200,
     status: Annotated[bool, typer.Option("--status", help="Tell how the node runs that was started so.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --status: print JSON for programs.")] = False,
@@ -155,7 +177,7 @@ def show(
     swarm_key_file: SwarmKeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
     timeout: Annotated[
-        float, typer.Option(min=0.1, max=600, metavar="SECONDS", help="How long to wait for the swarm.")
+        float, typer.Option("--timeout", min=0.1, max=600, metavar="SECONDS", help="How long to wait for the swarm.")
     ] = 10.0,
     verbose: Verbose = False,
 ) -> None:
@@ -188,10 +210,10 @@ def monitor(
         bool, typer.Option("--prometheus", help="Print metrics in the text format of Prometheus, once.")
     ] = False,
     refresh: Annotated[
-        float, typer.Option(min=1, max=3600, metavar="SECONDS", help="How often the swarm is looked up.")
+        float, typer.Option("--refresh", min=1, max=3600, metavar="SECONDS", help="How often the swarm is looked up.")
     ] = 5.0,
     timeout: Annotated[
-        float, typer.Option(min=0.1, max=600, metavar="SECONDS", help="How long to wait for the swarm.")
+        float, typer.Option("--timeout", min=0.1, max=600, metavar="SECONDS", help="How long to wait for the swarm.")
     ] = 10.0,
     verbose: Verbose = False,
 ) -> None:
