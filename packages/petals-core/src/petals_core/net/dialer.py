@@ -13,6 +13,7 @@ from petals_core.addresses import Address
 from petals_core.errors import AuthenticationError, PeerConnectionError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import WireLimits
+from petals_core.net.congestion import send_bursts_at_once
 from petals_core.net.connection import PeerConnection
 from petals_core.net.link import Link
 from petals_core.net.race import race
@@ -164,7 +165,8 @@ class Dialer:
         link = Link(self._context, self._links, is_listener=False, throttle=self._throttle)
         try:
             async with asyncio.timeout_at(deadline):
-                await loop.create_connection(lambda: link, host, address.port)
+                sock = await _connect(host, address.port)
+                await loop.create_connection(lambda: link, sock=sock)
                 hello, rtt_s = await self._authenticate(link, peer_id)
             return PeerConnection(
                 link,
@@ -221,3 +223,16 @@ def _text(error: OSError) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "connection refused: nothing listens there"
     return (error.strerror or str(error)).lower()
+
+
+async def _connect(host: str, port: int) -> socket.socket:
+    """A connected socket to an IP address; on any failure it is closed."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        send_bursts_at_once(sock)
+        await asyncio.get_running_loop().sock_connect(sock, (host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -23,6 +23,7 @@ from petals_core.errors import (
 )
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import ListenerLimits, WireLimits
+from petals_core.net.congestion import send_bursts_at_once
 from petals_core.net.connection import PeerConnection
 from petals_core.net.link import Link
 from petals_core.net.stream import EndOfStreamError, Stream
@@ -115,6 +116,7 @@ class Listener:
         )
         if sock is None:
             sock = await _bind(host, port)
+        send_bursts_at_once(sock)
         listener.port = sock.getsockname()[1]
         loop = asyncio.get_running_loop()
         listener._server = await loop.create_server(listener._accept, sock=sock, backlog=_BACKLOG)

@@ -1,0 +1,36 @@
+"""Connections ask for a congestion control without pacing, and go on where they do not get it."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from petals_core.net.congestion import send_bursts_at_once
+
+OPTION = getattr(socket, "TCP_CONGESTION", None)
+
+
+@pytest.mark.skipif(OPTION is None, reason="only Linux lets a socket choose")
+def test_a_connection_is_not_paced_where_the_kernel_allows_to_choose() -> None:
+    assert OPTION is not None
+    with socket.socket() as asked, socket.socket() as listening, socket.socket() as dialing:
+        try:
+            asked.setsockopt(socket.IPPROTO_TCP, OPTION, b"cubic")
+            expected = b"cubic"
+        except OSError:
+            expected = asked.getsockopt(socket.IPPROTO_TCP, OPTION, 16).rstrip(b"\0")
+        for each in (listening, dialing):
+            send_bursts_at_once(each)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        dialing.connect(listening.getsockname())
+        accepted, _ = listening.accept()
+        with accepted:
+            for each in (dialing, accepted):
+                assert each.getsockopt(socket.IPPROTO_TCP, OPTION, 16).rstrip(b"\0") == expected
+
+
+def test_other_sockets_stay_as_they_are() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        send_bursts_at_once(datagrams)
