@@ -19,7 +19,7 @@ Who comes too late takes a turn of his own, and that takes hardly less time, so 
 MAX_WAIT_S: Final = 0.02
 BULK_SHARE: Final = 1.0
 """Time that bulk work may add to a turn of decoding sessions, in units of such a turn without it."""
-MIN_BULK_TOKENS: Final = 16
+MIN_BULK_TOKENS: Final = 4
 """A prompt goes on by so many tokens in any turn that it is in."""
 _DECODING_S: Final = 1.0
 """A session whose last step is no longer ago counts as decoding."""
