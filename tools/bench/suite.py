@@ -33,7 +33,7 @@ BLOOM-176B in int8."""
 COMPUTING_BYTES = 96 << 20
 """And this for what it computes."""
 STOP_TIMEOUT_S = 2.0
-"""Servers of Petals 2.2.0 leave nothing behind that a longer wait would save."""
+"""Processes of Petals 2.2.0 leave nothing behind that a longer wait would save."""
 LEAST_DECODING_S = 2.0
 """So long one mode decodes in one round at least, however many modes and cells there are."""
 _TIME_IS_UP = "not measured, because the time was up"
@@ -264,7 +264,7 @@ class Suite:
             program = [str(self._earlier), "-m", "bench.earlier_worker", earlier.MODEL_NAME, address, str(model.hub)]
             variables = {**earlier.variables(model.hub), "PYTHONPATH": str(TOOLS)}
             worker = Worker(mode.name, [*prefix, *program], variables)
-            stack.callback(worker.stop)
+            stack.callback(worker.stop, STOP_TIMEOUT_S)
             worker.receive(self._limit_s(START_TIMEOUT_S))
             return worker
         scratch = self._scratch / f"{mode.name}-{model.num_blocks}"
