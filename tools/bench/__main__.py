@@ -44,7 +44,7 @@ FULL_MINUTES, QUICK_MINUTES = (30.0, 36.0), (3.5, 4.3)
 """When the time that cells share ends, and when nothing more is begun. The rest of 40 and 5 minutes is for what is
 under way then, for stopping and for the picture."""
 FULL_ROUNDS, QUICK_ROUNDS = (4, 15), (1, 5)
-FULL_TIMEOUT_S, QUICK_TIMEOUT_S = 120.0, 40.0
+FULL_TIMEOUT_S, QUICK_TIMEOUT_S = 90.0, 25.0
 TEXT_ROUNDS = 15
 _LAB_TRIED = "PETALS_BENCH_NO_LAB"
 

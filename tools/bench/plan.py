@@ -198,7 +198,7 @@ MODES = (
     Mode(name="disk-offload", title="accelerate, disk offload", kind=Kind.DISK_OFFLOAD),
 )
 # In five minutes: the figures that say most.
-QUICK_SCENARIOS = ("decode", "prefill-512", "clients-4", "hop", "text")
+QUICK_SCENARIOS = ("decode", "clients-4", "hop", "text")
 QUICK_NETWORKS = (LOOPBACK, "100mbit-100ms")
 QUICK_MODES = ("local", "petals-1", "petals-3", "petals-3-drafts", "earlier-3", "disk-offload")
 _MODES_OF = {

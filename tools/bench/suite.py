@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import shutil
 import sys
@@ -36,6 +37,8 @@ STOP_TIMEOUT_S = 2.0
 """Processes of Petals 2.2.0 leave nothing behind that a longer wait would save."""
 LEAST_DECODING_S = 2.0
 """So long one mode decodes in one round at least, however many modes and cells there are."""
+PATIENCE, LEAST_TIMEOUT_S = 5.0, 10.0
+"""A mode may take so many times as long as in earlier rounds, and so much more."""
 _TIME_IS_UP = "not measured, because the time was up"
 _WARM_ROUNDS = 3
 """So many rounds, and the first one only warms up."""
@@ -133,6 +136,8 @@ class Suite:
         self._say(f"{cell.network.title}: {cell.scenario.title} ({share_s:.0f} s)")
         rounds: list[dict[str, float | None]] = []
         errors: dict[str, str] = {}
+        longest_s: dict[str, float] = {}
+        """By mode: the longest of its rounds so far."""
         for mode in cell.modes:  # starting them is not part of the first round
             self._attempt(mode, errors, functools.partial(workers.of, mode), workers)
         started_s = time.monotonic()
@@ -147,9 +152,12 @@ class Suite:
             request = workers.request(cell, len(rounds), most_s)
             current: dict[str, float | None] = dict.fromkeys((mode.name for mode in cell.modes), None)
             for mode in cell.modes:
-                if mode.name not in errors and not self._is_late:
-                    ask = functools.partial(workers.ask, mode, request, self._limit_s(self._timeout_s))
-                    current[mode.name] = self._attempt(mode, errors, ask, workers)
+                if not rounds or mode.name not in errors:
+                    ask = functools.partial(self._ask, mode, request, errors, longest_s, workers)
+                    has_failed = mode.name in errors
+                    current[mode.name] = ask()
+                    if current[mode.name] is None and not rounds and not has_failed:
+                        current[mode.name] = ask()  # who fails for the first time may try again
             rounds.append(current)
         if len(rounds) >= _WARM_ROUNDS:
             del rounds[0]
@@ -163,6 +171,27 @@ class Suite:
             figure = self._nothing(cell, mode, error if found or error else _TIME_IS_UP)
             ratios = () if mode == cell.reference else speed_ratios(cell.scenario.unit, values, theirs)
             yield dataclasses.replace(figure, values=found, ratios=ratios)
+
+    def _ask(
+        self,
+        mode: Mode,
+        request: Mapping[str, Any],
+        errors: dict[str, str],
+        longest_s: dict[str, float],
+        workers: _Workers,
+    ) -> float | None:
+        """A mode's figure of one round, None where there is none."""
+        if self._is_late:
+            return None
+        errors.pop(mode.name, None)
+        limit_s = self._limit_s(min(self._timeout_s, PATIENCE * longest_s.get(mode.name, math.inf) + LEAST_TIMEOUT_S))
+        started_s = time.monotonic()
+        value: float | None = self._attempt(
+            mode, errors, functools.partial(workers.ask, mode, request, limit_s), workers
+        )
+        if value is not None:
+            longest_s[mode.name] = max(longest_s.get(mode.name, 0.0), time.monotonic() - started_s)
+        return value
 
     def _attempt(self, mode: Mode, errors: dict[str, str], action: Callable[[], Any], workers: _Workers) -> Any:
         """What ``action`` returns, or None where it fails: then the mode has an error, and a new worker next time."""
