@@ -229,6 +229,7 @@ def _checkpoint(model: Model, folder: Path, scratch: Path) -> Checkpoint:
         weight_bytes=weight_bytes,
         hub=scratch / f"hub-{model}" / "hub",
         prompts=text.beginnings(TEXT_ROUNDS, tokens) if model is Model.TEXT else None,
+        variables={} if model is Model.LARGE else {"OMP_NUM_THREADS": "1"},  # as servers choose for small ones
     )
 
 

@@ -56,6 +56,8 @@ class Checkpoint:
     """A cache of the hub with this model alone, for Petals 2.2.0."""
     prompts: Sequence[Sequence[int]] | None
     """What is continued, one a round; None: any tokens."""
+    variables: Mapping[str, str]
+    """Of the environment of whoever computes with it, local or client."""
 
 
 class Suite:
@@ -302,7 +304,7 @@ class Suite:
         folder = _uncached_copy(model.folder, scratch) if mode.kind is Kind.DISK_OFFLOAD else model.folder
         arguments = [mode.kind, str(folder), address, str(scratch), draft]
         program = [*prefix, sys.executable, "-m", "bench.worker", *arguments]
-        worker = Worker(mode.name, program, {"PYTHONPATH": str(TOOLS)})
+        worker = Worker(mode.name, program, {"PYTHONPATH": str(TOOLS), "OMP_WAIT_POLICY": "PASSIVE", **model.variables})
         group = self._memory_group(worker, stack) if mode.kind is Kind.DISK_OFFLOAD else None
         stack.callback(worker.stop)
         worker.receive(self._limit_s(START_TIMEOUT_S))
