@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 LOOPBACK = "loopback"
-HOP_SCENARIO, HOP_SERVERS = "hop", 3
+HOP_SCENARIOS, HOP_SERVERS = ("hop", "decode"), 3
 """What tells the software's cost of a hop, and the number of servers there."""
 
 
@@ -157,7 +157,7 @@ SCENARIOS = (
         weight=10.0,
     ),
     Scenario(
-        name=HOP_SCENARIO,
+        name="hop",
         title="decode, thin model",
         kind="generate",
         unit=Unit.RATE,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.figures import Figure, Spread, short, speed_ratios
-from bench.plan import HOP_SCENARIO, HOP_SERVERS, LOOPBACK, Network, Plan, Unit
+from bench.plan import HOP_SCENARIOS, HOP_SERVERS, LOOPBACK, Network, Plan, Unit
 
 BAR_CELLS = 30
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -72,14 +72,16 @@ def comparisons(plan: Plan, figures: Sequence[Figure]) -> list[tuple[str, str, s
                     ratios = speed_ratios(ours.unit, *_pairs(ours, theirs))
                     pair = titles[our_name], titles[their_name]
                     table.append((network.title, scenario.title, *pair, str(Spread.of(ratios))))
-    ours_s, theirs_s = (_hop_s(found, f"{who}-{HOP_SERVERS}") for who in ("petals", "earlier"))
-    if ours_s and theirs_s:
-        pair = titles[f"petals-{HOP_SERVERS}"], titles[f"earlier-{HOP_SERVERS}"]
-        hops = [Spread.of([1000 * each_s for each_s in hop_s]) for hop_s in (ours_s, theirs_s)]
-        text = f"{hops[0]} ms instead of {hops[1]} ms"
-        if hops[0].median > 0:
-            text += f": {hops[1].median / hops[0].median:.1f} times less"
-        table.append((LOOPBACK, "software of a hop, thin model", *pair, text))
+    for name in HOP_SCENARIOS:
+        ours_s, theirs_s = (_hop_s(found, name, f"{who}-{HOP_SERVERS}") for who in ("petals", "earlier"))
+        if ours_s and theirs_s:
+            pair = titles[f"petals-{HOP_SERVERS}"], titles[f"earlier-{HOP_SERVERS}"]
+            hops = [Spread.of([1000 * each_s for each_s in hop_s]) for hop_s in (ours_s, theirs_s)]
+            text = f"{hops[0]} ms instead of {hops[1]} ms"
+            if hops[0].median > 0:
+                text += f": {hops[1].median / hops[0].median:.1f} times less"
+            title = next(each.title for each in plan.scenarios if each.name == name)
+            table.append((LOOPBACK, f"added by a hop: {title}", *pair, text))
     return table
 
 
@@ -89,9 +91,9 @@ def _pairs(ours: Figure, theirs: Figure) -> tuple[tuple[float, ...], tuple[float
     return ours.values[:count], theirs.values[:count]
 
 
-def _hop_s(found: dict[tuple[str, str, str], Figure], mode: str) -> list[float]:
-    """What each server adds to a local step of the thin model, round by round."""
-    figures = [found.get((LOOPBACK, HOP_SCENARIO, name)) for name in (mode, "local")]
+def _hop_s(found: dict[tuple[str, str, str], Figure], scenario: str, mode: str) -> list[float]:
+    """What each server adds to a local step, round by round."""
+    figures = [found.get((LOOPBACK, scenario, name)) for name in (mode, "local")]
     if figures[0] is None or figures[1] is None:
         return []
     rates = zip(*_pairs(figures[0], figures[1]), strict=True)
