@@ -171,7 +171,9 @@ class Process:
 class LocalSwarm:
     """A bootstrap node and the servers started so far; leaving the context stops them all."""
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
+        """``variables`` are of all processes."""
+        self._variables = dict(variables or {})
         self.processes: list[Process] = []
         self.address = ""
         """Where the bootstrap node listens."""
@@ -228,7 +230,7 @@ class LocalSwarm:
 
     def _launch(self, name: str, command: Sequence[str], variables: Mapping[str, str] | None = None) -> Process:
         own = {"PETALS_DATA_DIR": self._folder.name, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-        process = Process(name, command, {**os.environ, **own, **(variables or {})})
+        process = Process(name, command, {**os.environ, **own, **self._variables, **(variables or {})})
         self.processes.append(process)
         return process
 

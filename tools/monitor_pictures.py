@@ -154,7 +154,9 @@ def export(view: SwarmView, controls: Controls, size: str, path: Path) -> None:
         record=True, width=width, height=height, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
     console.print(picture(view, controls, size), no_wrap=True, overflow="crop")
-    svg = console.export_svg(title="petals-dht monitor", code_format=_CODE_FORMAT, unique_id=path.stem)
+    svg = console.export_svg(
+        title="petals-dht monitor", code_format=_CODE_FORMAT, unique_id=f"monitor-{path.stem}"
+    )  # no class of CSS begins with a digit
     path.write_text(svg, encoding="utf-8")
     print(f"{path.name}: {len(svg):,} characters")
 

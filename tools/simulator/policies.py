@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
@@ -12,6 +13,22 @@ from numpy.typing import NDArray
 from petals_server.placement.coverage import Coverage, Placed, Window
 from petals_server.placement.moves import Move, MoveCost, MoveRules, check_interval_s, consider_move, is_settled
 from petals_server.placement.offers import Ability
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What a server knows when it considers moving."""
+
+    view: Coverage
+    """Of the whole swarm, itself included."""
+    me: Placed
+    ability: Ability
+    cost: Callable[[], MoveCost]
+    stayed_s: float
+    num_moving: int
+    servers: Callable[[], Sequence[Placed]]
+    """All that are steady; takes long, so it is asked only where it is needed."""
+    rng: random.Random
 
 
 class Policy(Protocol):
@@ -27,18 +44,7 @@ class Policy(Protocol):
 
     def interval_s(self, num_servers: int, rng: random.Random) -> float: ...
 
-    def move(
-        self,
-        view: Coverage,
-        me: Placed,
-        ability: Ability,
-        *,
-        cost: MoveCost,
-        stayed_s: float,
-        num_moving: int,
-        servers: Callable[[], Sequence[Placed]],
-        rng: random.Random,
-    ) -> Move | None: ...
+    def move(self, now: Situation) -> Move | None: ...
 
 
 class Product:
@@ -58,29 +64,18 @@ class Product:
     def interval_s(self, num_servers: int, rng: random.Random) -> float:
         return check_interval_s(num_servers, base_s=self._base_interval_s) * rng.uniform(0.5, 1.5)
 
-    def move(
-        self,
-        view: Coverage,
-        me: Placed,
-        ability: Ability,
-        *,
-        cost: MoveCost,
-        stayed_s: float,
-        num_moving: int,
-        servers: Callable[[], Sequence[Placed]],
-        rng: random.Random,
-    ) -> Move | None:
-        if is_settled(view, self.rules):
+    def move(self, now: Situation) -> Move | None:
+        if is_settled(now.view, self.rules):
             return None
         return consider_move(
-            view.without(me),
-            me,
-            ability.some_offers(me.end - me.start, (rng.random(), rng.random())),
-            cost=cost,
-            stayed_s=stayed_s,
-            num_moving=num_moving,
+            now.view.without(now.me),
+            now.me,
+            now.ability.some_offers(now.me.end - now.me.start, (now.rng.random(), now.rng.random())),
+            cost=now.cost(),
+            stayed_s=now.stayed_s,
+            num_moving=now.num_moving,
             rules=self.rules,
-            servers=servers() if view.is_dark.any() else (),
+            servers=now.servers() if now.view.is_dark.any() else (),
         )
 
 
@@ -119,18 +114,8 @@ class Earlier:
         """Tell the time: what an equilibrium would be is worked out once a minute for all."""
         self._now_s = now_s
 
-    def move(
-        self,
-        view: Coverage,
-        me: Placed,
-        ability: Ability,
-        *,
-        cost: MoveCost,
-        stayed_s: float,
-        num_moving: int,
-        servers: Callable[[], Sequence[Placed]],
-        rng: random.Random,
-    ) -> Move | None:
+    def move(self, now: Situation) -> Move | None:
+        view, me = now.view, now.me
         present = float(view.speeds.min())
         if view.bound < _THRESHOLD * present:  # no placement is so much better
             return None
@@ -143,7 +128,7 @@ class Earlier:
         if start == me.start:
             return None
         if self._ideal is None or self._now_s - self._ideal[0] > _REMEMBERED_S:
-            self._ideal = (self._now_s, _equilibrium(view.speeds, servers()))
+            self._ideal = (self._now_s, _equilibrium(view.speeds, now.servers()))
         if self._ideal[1] < _THRESHOLD * present:
             return None
         return Move(start=start, end=start + length, is_repair=False, gain=0.0, min_witnesses=0)

@@ -18,7 +18,7 @@ from petals_server.placement.moves import Move, MoveCost
 from petals_server.placement.observation import trust
 from petals_server.placement.offers import Ability
 from simulator.hardware import Machine, ModelSize, draw_machine, model_of
-from simulator.policies import Earlier, Policy
+from simulator.policies import Earlier, Policy, Situation
 
 HOUR_S: Final = 3600.0
 _DISK_GB_PER_S: Final = 1.0
@@ -63,6 +63,8 @@ class Server:
     exaggeration: float
     """What it says of its speed over what is true."""
     is_liar: bool
+    ability: Ability
+    """What it says of itself."""
     trust: float = 1.0
     """What others believe of what it says."""
     start: int = 0
@@ -180,7 +182,7 @@ class World:
         """The first servers, already loaded, and everybody who comes later."""
         for _ in range(self.settings.num_servers):
             server = self._new_server()
-            self._take(server, self.policy.join(self.view, self._as_announced(server)))
+            self._take(server, self.policy.join(self.view, server.ability))
             self._come_online(server)
             server.since_s = -self._rng.uniform(0, 2 * HOUR_S)
             if server.is_liar:
@@ -194,7 +196,7 @@ class World:
 
     def _arrive(self) -> None:
         server = self._new_server()
-        self._take(server, self.policy.join(self.view, self._as_announced(server)))
+        self._take(server, self.policy.join(self.view, server.ability))
         self.after(
             _START_S + (server.end - server.start) * self.model.block_gb / server.machine.load_gb_per_s,
             lambda: self._come_online(server),
@@ -212,6 +214,7 @@ class World:
             machine=machine,
             exaggeration=exaggeration,
             is_liar=is_liar,
+            ability=_exaggerated(machine.ability, exaggeration),
         )
         self._integrate()
         self.servers[number] = server
@@ -221,16 +224,6 @@ class World:
             crashes = rng.random() < self.settings.crash_share
             self.after(life_s, lambda: self._leave(server, crashes=crashes))
         return server
-
-    def _as_announced(self, server: Server) -> Ability:
-        """What it says of itself."""
-        ability = server.machine.ability
-        assert ability.link_tokens_per_s is not None
-        return replace(
-            ability,
-            block_tokens_per_s=ability.block_tokens_per_s * server.exaggeration,
-            link_tokens_per_s=ability.link_tokens_per_s * server.exaggeration,
-        )
 
     def _take(self, server: Server, span: Window | Move) -> None:
         """It is on the way to a span: everybody knows, nobody relies on it."""
@@ -333,14 +326,16 @@ class World:
         if isinstance(self.policy, Earlier):
             self.policy.at(self.now_s)
         move = self.policy.move(
-            self.view,
-            server.placed,
-            self._as_announced(server),
-            cost=self._cost(server),
-            stayed_s=self.now_s - server.since_s,
-            num_moving=len(self._moving | self._intents.keys()),
-            servers=lambda: self._others(server),
-            rng=self._rng,
+            Situation(
+                view=self.view,
+                me=server.placed,
+                ability=server.ability,
+                cost=lambda: self._cost(server),
+                stayed_s=self.now_s - server.since_s,
+                num_moving=len(self._moving | self._intents.keys()),
+                servers=lambda: self._others(server),
+                rng=self._rng,
+            )
         )
         if move is None:
             return
@@ -441,6 +436,15 @@ class World:
     def online(self) -> Iterable[Server]:
         """Servers that answer."""
         return (server for server in self.servers.values() if server.state == "online")
+
+
+def _exaggerated(ability: Ability, factor: float) -> Ability:
+    assert ability.link_tokens_per_s is not None
+    return replace(
+        ability,
+        block_tokens_per_s=ability.block_tokens_per_s * factor,
+        link_tokens_per_s=ability.link_tokens_per_s * factor,
+    )
 
 
 def _capacity(machine: Machine) -> float:

@@ -180,7 +180,10 @@ def serve(
     max_upload: Annotated[
         str | None,
         typer.Option(
-            "--max-upload", metavar="RATE", help="Send no more than that in a second, for example 20mbit or 2.5MB."
+            "--max-upload",
+            metavar="RATE",
+            help="Send clients and servers no more than that in a second, for example 20mbit or 2.5MB; the directory's "
+            "datagrams, a few kB a second, come on top.",
         ),
     ] = None,
     identity: Annotated[

@@ -84,6 +84,19 @@ async def _meters_measure() -> None:
     assert 0.0 <= await other.measure() <= 1.0
 
 
+def test_a_gpu_that_cannot_be_measured_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def measure() -> None:
+        meter = GpuMeter(0)
+        assert [await meter.measure() for _ in range(2)] == [0.0, 0.0]
+
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi there
+    run_clean(measure())
+    (record,) = caplog.records
+    assert record.getMessage().startswith("--pause-when-busy has no effect, since nvidia-smi can't be run: ")
+
+
 def test_the_minutes_line() -> None:
     before, after = Served(num_tokens=10, num_requests=1), Served(num_tokens=52, num_requests=2, num_sessions=3)
     assert after.since(before) == "served 42 tokens in the last minute, 1 new requests, 3 sessions open"

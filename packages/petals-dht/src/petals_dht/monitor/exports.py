@@ -45,6 +45,7 @@ def _server_to_json(server: ServerView) -> dict[str, Any]:
         "start": server.start,
         "end": server.end,
         "state": server.state,
+        "intent": None if server.intent is None else list(server.intent),
         "failure": server.failure,
         "precision": server.precision,
         "adapters": list(server.adapters),
@@ -58,6 +59,9 @@ def _server_to_json(server: ServerView) -> dict[str, Any]:
         "delay_s": server.delay_s,
         "age_s": server.age_s,
         "expires_in_s": server.expires_in_s,
+        "seen_s": server.seen_s,
+        "given_block_s": server.block_s,
+        "given_session_s": server.session_s,
     }
 
 

@@ -264,7 +264,7 @@ def _details(server: ServerView, model: ModelView, canvas: Canvas) -> list[Text]
         ("peer id", str(server.peer_id)),
         ("address", " ".join(server.addresses) or "none"),
         ("state", f"{server.state}, {server.failure or asked}"),
-        ("blocks", f"{server.start}:{server.end} of {model.model.num_blocks}"),
+        ("blocks", f"{server.start}:{server.end} of {model.model.num_blocks}{_intent_text(server)}"),
         ("", span_bar(server.start, server.end, model.model.num_blocks, min(width, _MAX_STRIP), glyphs)),
         ("computes", f"{server.precision}, {_per_s(server.tokens_per_s)} for one session"),
         ("", f"{_per_s(server.forward_tokens_per_s)} for many tokens at once"),
@@ -283,6 +283,10 @@ def _details(server: ServerView, model: ModelView, canvas: Canvas) -> list[Text]
     return lines + [_cut(Text.assemble((label.ljust(11), "dim"), value), canvas) for label, value in fields]
 
 
+def _intent_text(server: ServerView) -> str:
+    return "" if server.intent is None else ", about to hold {}:{}".format(*server.intent)
+
+
 def _footer(controls: Controls, canvas: Canvas, *, num_rows: int, num_models: int) -> Text:
     if controls.is_typing:
         return _cut(Text.assemble(("show only: ", "bold"), controls.wanted, ("_", "blink")), canvas)
@@ -291,7 +295,7 @@ def _footer(controls: Controls, canvas: Canvas, *, num_rows: int, num_models: in
     else:
         keys = [("s", f"sort: {controls.sort}"), ("r", "reverse"), ("/", "filter")]
         keys += [("enter", "open"), ("↑↓" if canvas.glyphs is UNICODE else "j k", "select")] if num_rows else []
-        keys += [("tab", "next model")] if num_models > 1 else []
+        keys += [("tab", "model")] if num_models > 1 else []
         keys.append(("q", "quit"))
     line = Text()
     if controls.wanted and not controls.is_open:

@@ -31,6 +31,8 @@ class ServerView:
     end: int
     state: str
     """As announced, or ``SILENT``."""
+    intent: tuple[int, int] | None
+    """Blocks that it is about to hold instead: it asks for them, or is on the way."""
     failure: str
     """Why it does not answer; empty if it does, or was not asked yet."""
     precision: str
@@ -177,6 +179,7 @@ def _view_server(observations: Observations, signed: SignedAnnouncement, *, at_s
         start=announcement.start,
         end=announcement.end,
         state=observations.state(signed),
+        intent=announcement.intent,
         failure=failure if failure or info is None or is_confirmed else f"answers for blocks {info.start}:{info.end}",
         precision=precision,
         adapters=announcement.adapters,

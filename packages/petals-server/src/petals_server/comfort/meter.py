@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 
 import psutil
 
 from petals_server.comfort.busyness import parse_gpu_use
+
+log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 10.0
 
@@ -40,6 +43,7 @@ class GpuMeter:
 
     def __init__(self, index: int) -> None:
         self._index = index
+        self._has_warned = False
 
     async def measure(self) -> float:
         """The share now, 0 to 1; 0 where the driver's tool does not answer."""
@@ -49,15 +53,24 @@ class GpuMeter:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
             )
-        except OSError:
+        except OSError as error:
+            self._warn(f"nvidia-smi can't be run: {error.strerror or error}")
             return 0.0
         try:
             output, _ = await asyncio.wait_for(process.communicate(), _TIMEOUT_S)
         except TimeoutError:
             process.kill()
             await process.wait()
+            self._warn("nvidia-smi does not answer")
             return 0.0
+        if process.returncode:
+            self._warn(f"nvidia-smi ends with exit code {process.returncode}")
         return parse_gpu_use(output.decode(errors="replace"), {os.getpid()})
+
+    def _warn(self, reason: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning("--pause-when-busy has no effect, since %s", reason)
 
 
 def make_meter(device: str) -> CpuMeter | GpuMeter:
