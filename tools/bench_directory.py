@@ -38,6 +38,7 @@ from petals_dht.node import Node
 from petals_dht.rates import Rate
 from petals_dht.responder import NodeLimits
 from petals_dht.sockets import bind_udp
+from petals_dht.storage import StorageLimits
 from petals_dht.testing import make_announcement, start_swarm
 
 _CONCURRENT_ANNOUNCEMENTS = 8
@@ -45,6 +46,7 @@ _REFRESH_S = 40.0
 """How often servers announce themselves."""
 _BURST = 50
 _LIFETIME_S = 1700.0
+_SHORT_LIFETIME_S = 20.0
 _NO_LIMIT = Rate(per_s=1e9, burst=1e9)
 
 
@@ -96,13 +98,13 @@ class Bench:
         protocols = [each.node.protocol for each in self.swarm]
         return sum(each.num_sent for each in protocols), sum(each.sent_bytes for each in protocols)
 
-    def _sign(self, number: int, directory: Directory) -> SignedAnnouncement:
+    def _sign(self, number: int, directory: Directory, lifetime_s: float = _LIFETIME_S) -> SignedAnnouncement:
         now_s = directory.node.clock()
         model = number % self.options.models
         return make_announcement(
             directory.identity,
             now_s=now_s,
-            expires_at_s=now_s + _LIFETIME_S,
+            expires_at_s=now_s + lifetime_s,
             model_name=f"model-{model}",
             fingerprint=fingerprint(model),
             public_name=f"server {number}",
@@ -162,6 +164,24 @@ class Bench:
         print(f"a new announcement is seen by a new client after {time.perf_counter() - started_at_s:.2f} s")
         await announcing
         await newcomer.withdraw(self._sign(0, newcomer))
+
+    async def expire(self) -> None:
+        """How many clients that just joined see an announcement before and after it has expired."""
+        newcomer = Directory(self.swarm[0].node, Identity.ephemeral())
+        signed = self._sign(0, newcomer, _SHORT_LIFETIME_S)
+        await newcomer.announce(signed)
+        counts = []
+        for _ in range(2):
+            seen = 0
+            for _ in range(self.options.clients):
+                if time.time() >= signed.announcement.expires_at_s - 1.0 and not counts:
+                    break
+                async with await Directory.connect([self.peer()], swarm_key=self.swarm_key) as client:
+                    found = await client.find_servers(fingerprint(0))
+                seen += newcomer.identity.peer_id in {each.peer_id for each in found}
+            counts.append(seen)
+            await asyncio.sleep(max(0.0, signed.announcement.expires_at_s + self.options.skew_s - time.time()))
+        print(f"an announcement that expires: {counts[0]} new clients saw it before, {counts[1]} afterwards")
 
     async def leave(self) -> None:
         """Close half of the nodes at once."""
@@ -242,7 +262,10 @@ async def bench(options: argparse.Namespace) -> None:
     started_at_s = time.perf_counter()
     # All nodes are behind one address here, so what one address may ask for is not to count.
     limits = NodeLimits(request_rate=_NO_LIMIT, store_rate=_NO_LIMIT)
-    async with start_swarm(options.nodes, swarm_key=swarm_key, skew_s=options.skew_s, limits=limits) as swarm:
+    room = StorageLimits(max_entries_per_source=StorageLimits().max_entries_per_key)
+    async with start_swarm(
+        options.nodes, swarm_key=swarm_key, skew_s=options.skew_s, limits=limits, storage_limits=room
+    ) as swarm:
         print(f"{options.nodes} nodes joined in {time.perf_counter() - started_at_s:.2f} s")
         run_ = Bench(swarm, options, swarm_key)
         await run_.announce("announced", options.servers)
@@ -250,6 +273,7 @@ async def bench(options: argparse.Namespace) -> None:
         run_.print_load()
         await run_.look_up("clients")
         await run_.notice()
+        await run_.expire()
         if options.leave:
             await run_.leave()
             await run_.look_up("after it")

@@ -1,7 +1,7 @@
 """Servers in real processes choose their blocks, are killed, and fill each other's gaps, while a client generates.
 
-    python tools/self_healing.py                       # 6 servers of 3 blocks on a model of 12, two killed
-    python tools/self_healing.py --seed 3 --rounds 2
+    python tools/self_healing.py                       # 6 servers of 3 blocks on the demo model, two killed
+    python tools/self_healing.py --seed 3 --model FOLDER
 
 Servers start in any order at once, without ``--blocks``. Then two are killed (SIGKILL), chosen by chance. Prints which
 blocks are held as time goes on, and how the client's generation went on; its tokens must be the local model's.
@@ -10,6 +10,7 @@ blocks are held as time goes on, and how the client's generation went on; its to
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import tempfile
@@ -29,8 +30,9 @@ import torch
 from local_swarm import LocalSwarm, stopping_in_order
 from petals_client import AutoDistributedModelForCausalLM
 from petals_core.addresses import Address
+from petals_core.models.checkpoint import Checkpoint
+from petals_core.models.split import block_count
 from petals_core.net.loop import run
-from petals_core.testing.factories import make_checkpoint
 from petals_dht.directory import Directory
 
 _TIMEOUT_S = 240.0
@@ -82,15 +84,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", type=int, default=6)
     parser.add_argument("--num-blocks", type=int, default=3, help="of each server")
-    parser.add_argument("--blocks", type=int, default=12, help="of the model")
     parser.add_argument("--kill", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=600, help="that the client generates meanwhile")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, help="folder of a checkpoint; a tiny random one if not given")
+    parser.add_argument(
+        "--model", type=Path, default=environment.ROOT / "models" / "demo", help="folder of a checkpoint"
+    )
+    parser.add_argument("--interval", type=float, help="--rebalance-interval of the servers (default: theirs)")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder, stopping_in_order(), LocalSwarm() as swarm:
-        model = options.model or make_checkpoint(Path(folder) / "model", num_blocks=options.blocks)
+        os.environ["PETALS_DATA_DIR"] = folder
+        model = options.model
+        num_blocks = block_count(Checkpoint.open(model).config)
         peer = swarm.start_bootstrap()
         began_s = time.monotonic()
         servers = [
@@ -99,7 +105,7 @@ def main() -> None:
                 "petals-server",
                 *("serve", str(model), "--initial-peers", peer, "--num-blocks", str(options.num_blocks)),
                 *("--port", "0", "--host", "127.0.0.1", "--threads", "1", "--torch-dtype", "float32"),
-                *("--rebalance-interval", "3"),
+                *(() if options.interval is None else ("--rebalance-interval", str(options.interval))),
             )
             for number in range(options.servers)
         ]
@@ -112,11 +118,11 @@ def main() -> None:
                 line = " ".join(f"{start}:{end}" for _, start, end, _ in sorted(live, key=lambda each: each[1]))
                 if line != last:
                     print(
-                        f"{time.monotonic() - began_s:6.1f} s: {len(held)} of {options.blocks} blocks: {line}",
+                        f"{time.monotonic() - began_s:6.1f} s: {len(held)} of {num_blocks} blocks: {line}",
                         flush=True,
                     )
                     last = line
-                if len(held) == options.blocks:
+                if len(held) == num_blocks:
                     return
                 time.sleep(0.5)
             raise SystemExit("the blocks are not all held in time")

@@ -19,6 +19,7 @@ from petals_dht.directory import Directory
 from petals_dht.node import NodeTiming
 from petals_dht.protocol import Reach
 from petals_dht.responder import NodeLimits
+from petals_dht.storage import StorageLimits
 
 FINGERPRINT = "f" * 64
 
@@ -109,6 +110,7 @@ async def start_swarm(
     clock: Callable[[], float] = time.time,
     skew_s: float = 0.0,
     limits: NodeLimits | None = None,
+    storage_limits: StorageLimits | None = None,
 ) -> AsyncIterator[list[Directory]]:
     """Run so many nodes that all join by the first one. Their clocks differ by up to ``skew_s``."""
 
@@ -122,6 +124,7 @@ async def start_swarm(
             timing=timing,
             reach=reach,
             limits=limits,
+            storage_limits=storage_limits,
             clock=lambda: clock() + offset_s,
         )
 

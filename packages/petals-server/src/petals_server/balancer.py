@@ -207,7 +207,7 @@ class Balancer:
                     log.debug("could not take an intent back: %s", error.message)
 
     async def _check_regularly(self) -> None:
-        num_servers = 1
+        num_servers = 1  # until the first look: that one comes soon
         while True:
             interval_s = check_interval_s(num_servers, base_s=self._timing.interval_s)
             await asyncio.sleep(interval_s * self._rng.uniform(0.5, 1.5))

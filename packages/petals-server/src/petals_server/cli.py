@@ -164,7 +164,7 @@ def serve(
         typer.Option(
             "--rebalance-interval",
             metavar="SECONDS",
-            help="How often a server without --blocks considers other blocks, on average; 0: never.",
+            help="How often a server without --blocks considers other blocks, in a swarm of 50 or more; 0: never.",
         ),
     ] = 15.0,
     schedule: Annotated[

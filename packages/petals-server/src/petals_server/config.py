@@ -59,7 +59,7 @@ class PlacementTiming:
     """How a server that chooses its blocks itself goes on choosing."""
 
     interval_s: float = 15.0
-    """Mean time between two looks at the swarm, in swarms of up to 250 servers; longer in larger ones."""
+    """Mean time between two looks at the swarm, in swarms of 50 to 250 servers; see ``check_interval_s``."""
     settle_s: float = 6.0
     """How long an intent is announced before it holds; also the longest that announcing may take."""
     drain_s: float = 20.0

@@ -70,5 +70,7 @@ def test_a_slower_server_that_nobody_believes_is_no_reason_to_stay() -> None:
 
 
 def test_servers_of_a_large_swarm_look_more_seldom() -> None:
-    assert check_interval_s(6, base_s=15) == 15
+    assert check_interval_s(6, base_s=15) == 3
+    assert check_interval_s(25, base_s=15) == 7.5
+    assert check_interval_s(250, base_s=15) == 15
     assert check_interval_s(10_000, base_s=15) == 600

@@ -143,9 +143,10 @@ def _repair(others: Coverage, me: Placed, offers: Sequence[Offer], servers: Sequ
 
 
 def check_interval_s(num_servers: int, *, base_s: float) -> float:
-    """How often a server considers moving, on average.
+    """How often a server considers moving, on average; ``base_s`` in a swarm of 50 to 250 servers.
 
-    Looking costs an announcement for each server of the model. Above 250 servers each looks more seldom in
-    proportion, so that its traffic stays bounded and the swarm as a whole looks as often.
+    Looking costs an announcement for each server of the model, and asking some of them. Above 250 servers each looks
+    more seldom in proportion, so that its traffic stays bounded and the swarm as a whole looks as often. Below 50 each
+    looks more often, five times at most: there a server that is lost is missed most, and few have to be asked.
     """
-    return base_s * max(1.0, num_servers / 250)
+    return base_s * min(1.0, max(0.2, num_servers / 50)) * max(1.0, num_servers / 250)
