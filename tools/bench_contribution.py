@@ -37,7 +37,7 @@ from petals_core.testing.factories import make_checkpoint
 NUM_BLOCKS, WIDTH = 12, 256
 ROW_TOKENS = 128
 ROWS = 2
-REQUESTS = 3
+REQUESTS = 6
 """Under way at once of each client, so that both always wait for the device."""
 _READY_TIMEOUT_S = 120.0
 _WEIGHT_TIMEOUT_S = 20.0

@@ -170,7 +170,7 @@ class Bench:
         newcomer = Directory(self.swarm[0].node, Identity.ephemeral())
         signed = self._sign(0, newcomer, _SHORT_LIFETIME_S)
         await newcomer.announce(signed)
-        counts = []
+        counts: list[int] = []
         for _ in range(2):
             seen = 0
             for _ in range(self.options.clients):
