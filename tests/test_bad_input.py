@@ -6,10 +6,12 @@ What a peer can get wrong is tested with the packages (``petals-core/tests/wire`
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,12 +22,16 @@ import torch
 
 import petals_dht.cli
 import petals_server.cli
-from petals_client import AutoDistributedModelForCausalLM
+from petals_client import AutoDistributedModelForCausalLM, ClientOptions
+from petals_client.directory import ServerDirectory
+from petals_core.errors import MissingBlocksError
+from petals_core.identity import Identity
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.split import load_span
 from petals_core.terminal import EXIT_ERROR, run_app
 from petals_core.testing.factories import edit_config, make_checkpoint
 from petals_core.testing.hub import NAME, FakeHub, serving, sha256
+from petals_dht.testing import make_announcement, start_swarm
 
 Refuse = Callable[..., str]
 NEW_SWARM = ("--new-swarm", "--host", "127.0.0.1", "--port", "0")
@@ -252,6 +258,30 @@ def test_swarm_key_that_is_none(directory: Refuse, tmp_path: Path, silent_addres
     (tmp_path / "key").write_text("secret")
     line = directory("show", "--initial-peers", silent_address, "--swarm-key-file", tmp_path / "key")
     assert "is not 64 hexadecimal digits" in line
+
+
+@pytest.mark.parametrize(("offset_s", "way"), [(3600.0, "behind"), (-3600.0, "ahead")])
+def test_a_clock_that_is_an_hour_off(offset_s: float, way: str) -> None:
+    def clock() -> float:  # the swarm's, as this process sees it
+        return time.time() + offset_s
+
+    async def find() -> MissingBlocksError:
+        announcement = make_announcement(now_s=clock())
+        async with start_swarm(2, clock=clock) as swarm:
+            await swarm[1].announce(announcement)
+            known = ServerDirectory(
+                ClientOptions.make(initial_peers=[f"127.0.0.1:{swarm[0].port}"]),
+                model_name="TEST",
+                fingerprint=announcement.announcement.fingerprint,
+                num_blocks=announcement.announcement.num_blocks,
+                identity=Identity.ephemeral(),
+            )
+            try:
+                return await known.explain_missing(0, 1)
+            finally:
+                await known.close()
+
+    assert f"this machine's clock seems to be about 60 minutes {way}" in asyncio.run(find()).message
 
 
 # --- results that are not exact ---------------------------------------------------------------------------------------

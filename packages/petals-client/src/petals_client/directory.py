@@ -12,7 +12,7 @@ from petals_core.errors import MissingBlocksError, NoPeersError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.routing.graph import describe_blocks, find_gaps
 from petals_dht.directory import Directory
-from petals_dht.overview import ModelSummary
+from petals_dht.overview import ModelSummary, clock_text
 
 _USABLE_STATES = frozenset({"online"})
 _GRACE_S = 1800.0
@@ -83,6 +83,9 @@ class ServerDirectory:
         """Say which of the blocks ``start:end`` nobody holds, and what might be meant instead."""
         known = (signed.announcement for signed in (await self.servers()).values())
         spans = [(each.start, each.end) for each in known]
+        offset_s = None if spans else (await self._join()).suspected_clock_offset_s()
+        if offset_s is not None:
+            return MissingBlocksError(clock_text(offset_s))
         gaps = find_gaps(spans, start, end)
         is_one = len(gaps) == 1 and gaps[0][1] - gaps[0][0] == 1
         text = (

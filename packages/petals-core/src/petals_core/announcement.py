@@ -149,7 +149,7 @@ class SignedAnnouncement:
         except schema.SchemaError as error:
             raise InvalidAnnouncementError(f"malformed announcement: {error}") from None
         if now_s is not None and announcement.expires_at_s <= now_s:
-            raise InvalidAnnouncementError("the announcement has expired")
+            raise InvalidAnnouncementError("the announcement has expired, or a clock is wrong")
         if now_s is not None and announcement.issued_at_s > now_s + MAX_CLOCK_SKEW_S:
             raise InvalidAnnouncementError("the announcement is from the future: a clock is wrong")
         if not verify(public_key, signature, _SIGNATURE_CONTEXT + content):

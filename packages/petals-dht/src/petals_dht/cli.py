@@ -291,11 +291,9 @@ async def _look(
 def _nothing_found(wanted: str | None, clock_offset_s: float | None) -> PetalsError:
     """Why there is nothing to show."""
     if clock_offset_s is not None:
-        way = "behind" if clock_offset_s > 0 else "ahead"
-        return ConfigurationError(
-            f"this machine's clock seems to be about {abs(clock_offset_s) / 60:.0f} minutes {way}, so that all "
-            "announcements are refused: set it right"
-        )
+        from petals_dht.overview import clock_text
+
+        return ConfigurationError(clock_text(clock_offset_s))
     if wanted is None:
         return MissingBlocksError("no server is online in this swarm: start one with 'petals-server serve MODEL'")
     return MissingBlocksError(f"no server of this swarm serves a model named {wanted}: leave the name out to see all")

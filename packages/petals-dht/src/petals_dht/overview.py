@@ -110,6 +110,15 @@ def spans_text(spans: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{start}:{end}" for start, end in spans)
 
 
+def clock_text(offset_s: float) -> str:
+    """What is wrong where this machine's clock is ``offset_s`` behind the announcements, or ahead if negative."""
+    way = "behind" if offset_s > 0 else "ahead"
+    return (
+        f"this machine's clock seems to be about {abs(offset_s) / 60:.0f} minutes {way}, so that all announcements are "
+        "refused: set it right"
+    )
+
+
 def choose(overviews: Sequence[ModelOverview], wanted: str | None) -> list[ModelOverview]:
     """Those whose name is ``wanted`` or whose fingerprint begins with it; failing these, whose name contains it."""
     if wanted is None:

@@ -35,7 +35,7 @@ class Verifier:
             return signed
         self._authentic.move_to_end(encoded)
         if signed.announcement.expires_at_s <= now_s:
-            raise InvalidAnnouncementError("the announcement has expired")
+            raise InvalidAnnouncementError("the announcement has expired, or a clock is wrong")
         if signed.announcement.issued_at_s > now_s + MAX_CLOCK_SKEW_S:
             raise InvalidAnnouncementError("the announcement is from the future: a clock is wrong")
         return signed
