@@ -14,6 +14,8 @@ MIN_REQUESTS: Final = 8
 """Before so many nothing is said of a server."""
 SLACK_S: Final = 0.005
 """Of a request's time is nobody's fault: software, and clocks that count milliseconds."""
+MAX_EXCUSE: Final = 2.0
+"""A server with many sessions may take that many times as long; it says itself how many it has."""
 _MAX_SERVERS: Final = 64
 
 

@@ -16,7 +16,7 @@ from petals_client.adaptation import choose_servers, explain_missing_adapter
 from petals_client.contribution import ContributionTab
 from petals_client.directory import ServerDirectory
 from petals_client.measuring import Measurements
-from petals_client.observation import Observations
+from petals_client.observation import MAX_EXCUSE, Observations
 from petals_client.options import ClientOptions
 from petals_client.routing.explanation import Facts, Route, explain_chain
 from petals_client.routing.health import HealthLedger
@@ -25,7 +25,7 @@ from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import Disposition, DrainingError, MissingBlocksError, NoPeersError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.net.dialer import Dialer, PeerConnection
-from petals_core.routing.cost import estimate_cost
+from petals_core.routing.cost import SESSION_SHARE, estimate_cost
 from petals_core.routing.flow import Branch, split_flow
 from petals_core.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps
 from petals_core.routing.planner import plan_chain
@@ -317,7 +317,10 @@ class Swarm:
         announcement = signed.announcement
         if announcement.inference_tokens_per_s:
             share = (hop.end - hop.start) / (announcement.end - announcement.start)
-            expected_s = num_tokens * share / announcement.inference_tokens_per_s
+            known = self.measurements.get(hop.peer_id)
+            num_sessions = 0 if known is None else known.num_sessions or 0
+            busy = min(MAX_EXCUSE, 1 + SESSION_SHARE * num_sessions)
+            expected_s = busy * num_tokens * share / announcement.inference_tokens_per_s
             self._observations.note(hop.peer_id, expected_s=expected_s, took_s=took_s)
 
     def _warn_of_dtypes(self, chain: Iterable[SignedAnnouncement]) -> None:
