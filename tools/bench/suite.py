@@ -35,6 +35,8 @@ COMPUTING_BYTES = 96 << 20
 """And this for what it computes."""
 STOP_TIMEOUT_S = 2.0
 """Processes of Petals 2.2.0 leave nothing behind that a longer wait would save."""
+STARTING_S = 20.0
+"""Set aside for the servers of a model."""
 LEAST_DECODING_S = 2.0
 """So long one mode decodes in one round at least, however many modes and cells there are."""
 PATIENCE, LEAST_TIMEOUT_S = 5.0, 10.0
@@ -81,7 +83,7 @@ class Suite:
         self._say = say
         self._earlier: Path | None = None
         """The Python of Petals 2.2.0."""
-        self._num_servers = 0
+        self._num_servers = self._stages_left = 0
         self._end_s = self._last_s = 0.0
         self._weight_left = 0.0
 
@@ -91,14 +93,20 @@ class Suite:
         now_s = time.monotonic()
         self._end_s, self._last_s = now_s + 60 * self._plan.minutes, now_s + 60 * self._plan.most_minutes
         self._weight_left = sum(cell.weight for cell in self._plan.cells())
-        for is_lab in (False, True):
-            for model in Model:
-                cells = self._plan.cells(model=model, is_lab=is_lab)
-                if cells and self._is_late:
-                    yield from (self._nothing(cell, mode, _TIME_IS_UP) for cell in cells for mode in cell.modes)
-                elif cells:
-                    with contextlib.ExitStack() as stack:
-                        yield from self._run_stage(model, cells, stack, is_lab=is_lab)
+        stages = [
+            (model, is_lab, cells)
+            for is_lab in (False, True)
+            for model in Model
+            if (cells := self._plan.cells(model=model, is_lab=is_lab))
+        ]
+        self._stages_left = len(stages)
+        for model, is_lab, cells in stages:
+            self._stages_left -= 1
+            if self._is_late:
+                yield from (self._nothing(cell, mode, _TIME_IS_UP) for cell in cells for mode in cell.modes)
+            else:
+                with contextlib.ExitStack() as stack:
+                    yield from self._run_stage(model, cells, stack, is_lab=is_lab)
 
     @property
     def _is_late(self) -> bool:
@@ -133,21 +141,23 @@ class Suite:
 
     def _measure(self, cell: Cell, workers: _Workers) -> Iterator[Figure]:
         """Let the modes take turns until the time is spent; of several rounds the first one only warms up."""
-        share_s = max(0.0, self._end_s - time.monotonic()) * cell.weight / self._weight_left
+        began_s = time.monotonic()
+        left_s = max(0.0, self._end_s - began_s - STARTING_S * self._stages_left)
+        share_s = left_s * cell.weight / self._weight_left
         self._weight_left -= cell.weight
         self._say(f"{cell.network.title}: {cell.scenario.title} ({share_s:.0f} s)")
         rounds: list[dict[str, float | None]] = []
         errors: dict[str, str] = {}
         longest_s: dict[str, float] = {}
         """By mode: the longest of its rounds so far."""
-        for mode in cell.modes:  # starting them is not part of the first round
+        for mode in cell.modes:  # starting them is part of the share, and not of the first round
             self._attempt(mode, errors, functools.partial(workers.of, mode), workers)
         started_s = time.monotonic()
         most_s = max(LEAST_DECODING_S, share_s / len(cell.modes) / (self._plan.min_rounds + 1))
         while len(rounds) < self._plan.max_rounds and len(errors) < len(cell.modes) and not self._is_late:
-            expected_s = time.monotonic() - started_s
+            now_s = time.monotonic()
             if rounds:
-                expected_s *= 1 + 1 / len(rounds)
+                expected_s = now_s - began_s + (now_s - started_s) / len(rounds)
                 is_enough = len(rounds) >= self._plan.min_rounds
                 if expected_s > (share_s if is_enough else 2 * share_s):
                     break
