@@ -3,8 +3,8 @@
 Real servers with real sockets in this process compute tiny random models on the device, and what a client gets is
 compared with the local model on the same device: greedy tokens of one prompt and of a left-padded batch, of eight
 clients at once, with a server that disappears in the middle; logits with a LoRA adapter; gradients with respect to the
-inputs and to LoRA matrices trained through the swarm; and that servers with quantized weights answer. Where the
-packages are not installed, the sources beside this file are used.
+inputs and to LoRA matrices trained through the swarm; and that servers with quantized weights answer. It
+needs the four packages installed, and PEFT.
 """
 
 from __future__ import annotations
@@ -21,12 +21,6 @@ from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Final
-
-try:
-    import petals_client  # noqa: F401 - only to see whether it is there
-except ModuleNotFoundError:
-    for _package in ("petals-core", "petals-dht", "petals-server", "petals-client"):
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "packages" / _package / "src"))
 
 import peft
 import torch
