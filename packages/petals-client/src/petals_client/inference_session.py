@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 DRAFT_COLUMNS = 16
 """Room behind ``max_length`` for drafted tokens that ``generate`` tries and takes back."""
+_MAX_PARTS = 16
+"""Of the known tokens, which each step extends: all are walked through each time, and copied when they are joined."""
 
 
 class InferenceSession:
@@ -329,6 +331,8 @@ class InferenceSession:
             if past:
                 return
             self._tokens = []
+        if len(self._tokens) > _MAX_PARTS:
+            self._tokens = [torch.cat(self._tokens, dim=1)]
         known = sum(part.shape[1] for part in self._tokens)
         if known > past:
             before = self.output_ids

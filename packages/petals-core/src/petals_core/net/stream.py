@@ -134,8 +134,8 @@ class Stream:
         Raises:
             PetalsError: it is a ``Failure``, which says this.
         """
-        self._connection.wire.consumed(event)
-        self._connection.flush()
+        if self._connection.wire.consumed(event):
+            self._connection.flush()
         message = event.message
         if type(message.body) is Failure:
             raise message.body.to_error()

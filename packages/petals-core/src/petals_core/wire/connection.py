@@ -175,10 +175,13 @@ class Connection:
             self._remove_stream(stream_id)
             self._send_cancel(stream_id, error or CancelledByPeerError("the peer gave up the request"))
 
-    def consumed(self, event: MessageReceived) -> None:
-        """Give back the credit of a received message; also for streams that have ended or were cancelled since."""
+    def consumed(self, event: MessageReceived) -> bool:
+        """Give back the credit of a received message; also for streams that have ended or were cancelled since.
+
+        Returns whether the peer is to be told of it now, so that there is something to send.
+        """
         if self._is_closed:
-            return
+            return False
         self._give_back_lane(event.priority, event.cost)
         stream = self._streams.get(event.stream_id)
         if stream is not None:
@@ -186,6 +189,7 @@ class Connection:
             if stream.account.is_due and not stream.has_remote_end:
                 credit = STREAM_CREDIT.pack(stream.account.collect())
                 self._control.append(encode_frame(FrameType.CREDIT, credit, stream_id=event.stream_id))
+        return bool(self._control)
 
     def ping(self, now: float) -> None:
         """Queue a ping (unless several are under way); ``PongReceived`` follows."""
