@@ -37,8 +37,9 @@ from petals_core.testing.factories import make_checkpoint
 NUM_BLOCKS, WIDTH = 12, 256
 ROW_TOKENS = 128
 ROWS = 2
-REQUESTS = 6
-"""Under way at once of each client, so that both always wait for the device."""
+REQUESTS = 2
+"""Under way at once of each client, so that both always wait; of more, some would be left out for so many turns that
+they go first, whoever asked."""
 _READY_TIMEOUT_S = 120.0
 _WEIGHT_TIMEOUT_S = 20.0
 _SERVING = re.compile(r"^serving .* --initial-peers (\S+)")

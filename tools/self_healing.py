@@ -36,6 +36,7 @@ from petals_core.net.loop import run
 from petals_dht.directory import Directory
 
 _TIMEOUT_S = 240.0
+_TAIL_LINES = 30
 
 
 async def _look(peer: str) -> list[tuple[str, int, int, str]]:
@@ -142,6 +143,8 @@ def main() -> None:
         print(f"all blocks are held again after {time.monotonic() - began_s:.1f} s", flush=True)
         generation.join()
         if generation.error is not None:
+            for process in servers:
+                print(process.name, *(f"  {line.text}" for line in process.lines[-_TAIL_LINES:]), sep="\n")
             raise SystemExit(f"the client failed: {generation.error}")
         assert generation.text is not None
         gaps = [after - before for before, after in zip(generation.times, generation.times[1:], strict=False)]
