@@ -1,9 +1,11 @@
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_server.columns import ColumnLedger, expand_positions, split_columns, split_rows, spread
+from petals_server.columns import Chunk, ColumnLedger, expand_positions, split_columns, spread, take_rows
 
 ROW_TOKENS = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 
@@ -62,10 +64,17 @@ def test_chunks_of_a_step_amount_to_the_step(row_tokens: list[int], max_tokens: 
     assert [len(row) for row in taken] == row_tokens
 
 
+def rows_in_chunks(row_tokens: list[int], max_tokens: int, *, is_whole: bool = False) -> Iterator[Chunk]:
+    first = 0
+    while (taken := take_rows(row_tokens, first, max_tokens, is_whole=is_whole)) is not None:
+        chunk, first = taken
+        yield chunk
+
+
 @given(ROW_TOKENS, st.integers(1, 20))
 def test_chunks_of_rows_hold_every_token_once(row_tokens: list[int], max_tokens: int) -> None:
     taken: list[int] = []
-    for chunk in split_rows(row_tokens, max_tokens):
+    for chunk in rows_in_chunks(row_tokens, max_tokens):
         assert len(chunk.row_tokens) * chunk.num_columns <= max_tokens or len(chunk.row_tokens) == 1
         assert min(chunk.row_tokens) > 0
         for start, count in zip(chunk.row_starts, chunk.row_tokens, strict=True):
@@ -93,5 +102,5 @@ def test_whole_chunks_have_rows_that_are_full_or_empty(row_tokens: list[int], ma
     assert [sum(counts) for counts in zip(*(chunk.row_tokens for chunk in chunks), strict=True)] == (
         row_tokens if chunks else []
     )
-    for chunk in split_rows(row_tokens, max_tokens, is_whole=True):
+    for chunk in rows_in_chunks(row_tokens, max_tokens, is_whole=True):
         assert chunk.is_rectangular

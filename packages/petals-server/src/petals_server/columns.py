@@ -132,31 +132,30 @@ def _pieces(edges: Sequence[int], width: int) -> Iterator[tuple[int, int]]:
             yield left, min(left + width, last)
 
 
-def split_rows(row_tokens: Sequence[int], max_tokens: int, *, is_whole: bool = False) -> list[Chunk]:
-    """Cut a request without a cache into chunks of whole, neighbouring rows.
+def take_rows(
+    row_tokens: Sequence[int], first: int, max_tokens: int, *, is_whole: bool = False
+) -> tuple[Chunk, int] | None:
+    """The next chunk of a request without a cache: whole, neighbouring rows, and the row behind them.
 
-    A chunk has at most ``max_tokens`` tokens, pads included, unless a single row has more. Rows without tokens are left
-    out. Where ``is_whole``, the rows of a chunk are equally long.
+    Rows before ``first`` are done; None: there are no others. A chunk has at most ``max_tokens`` tokens, pads included,
+    unless a single row has more. Rows without tokens are left out. Where ``is_whole``, the rows of a chunk are equally
+    long.
     """
-    offsets = _offsets(row_tokens)
-    chunks: list[Chunk] = []
-    first = 0
-    while first < len(row_tokens):
-        if row_tokens[first] == 0:
-            first += 1
-            continue
-        end = first + 1
-        longest = row_tokens[first]
-        while end < len(row_tokens) and row_tokens[end] > 0:
-            if is_whole and row_tokens[end] != longest:
-                break
-            longest = max(longest, row_tokens[end])
-            if longest * (end + 1 - first) > max_tokens:
-                break
-            end += 1
-        chunks.append(Chunk(row_tokens=tuple(row_tokens[first:end]), row_starts=tuple(offsets[first:end])))
-        first = end
-    return chunks
+    while first < len(row_tokens) and row_tokens[first] == 0:
+        first += 1
+    if first == len(row_tokens):
+        return None
+    end = first + 1
+    longest = row_tokens[first]
+    while end < len(row_tokens) and row_tokens[end] > 0:
+        if is_whole and row_tokens[end] != longest:
+            break
+        longest = max(longest, row_tokens[end])
+        if longest * (end + 1 - first) > max_tokens:
+            break
+        end += 1
+    starts = _offsets(row_tokens)[first:end]
+    return Chunk(row_tokens=tuple(row_tokens[first:end]), row_starts=tuple(starts)), end
 
 
 def spread(row_tokens: Sequence[int]) -> NDArray[np.bool_]:

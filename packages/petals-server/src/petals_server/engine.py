@@ -72,8 +72,8 @@ class Work(Request, Generic[T]):
             PetalsError: what came is broken.
         """
 
-    def advance(self) -> bool:
-        """Compute one turn alone, in the device's thread; True when the result is there.
+    def advance(self, num_tokens: int) -> bool:
+        """Compute one turn alone, in the device's thread, of about so many tokens; True when the result is there.
 
         Raises:
             PetalsError: the request is at fault, or can't be served; there will be no further turn.
@@ -98,7 +98,7 @@ class Call(Work[T]):
         self._function = function
         self._result: T
 
-    def advance(self) -> bool:
+    def advance(self, num_tokens: int) -> bool:
         self._result = self._function()
         return True
 
@@ -306,7 +306,7 @@ class Engine:
         failures: list[tuple[Request, Exception]] = []
         try:
             if first.key is None:
-                return Outcome(is_complete=first.advance(), failures=failures)
+                return Outcome(is_complete=first.advance(plan.parts[0].num_tokens), failures=failures)
             first.advance_together(plan.parts)
         except Exception as error:
             if len(plan.parts) == 1:

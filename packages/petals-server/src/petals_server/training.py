@@ -22,7 +22,7 @@ from petals_core.models.low_rank import Adapter
 from petals_core.models.split import Span
 from petals_core.tensors.codec import Encoding, TensorSpec, encode
 from petals_server.adapters import Part, adapted
-from petals_server.columns import Chunk, PositionRuns, expand_positions, split_rows
+from petals_server.columns import Chunk, PositionRuns, expand_positions, take_rows
 from petals_server.deep_prompts import EncodedTensor
 from petals_server.differentiation import ChunkGraph, GraphMeter, OverBudgetError, checkpointed, compute_rows
 from petals_server.engine import Work
@@ -80,8 +80,7 @@ class _TrainingWork(Work[tuple[EncodedStates, ...]]):
         self.span = span
         self.threads = threads
         self.request = request
-        self.chunks = split_rows(request.row_tokens, max_turn_tokens, is_whole=span.is_recurrent)
-        self.num_done = 0
+        self._next_row = 0
         self.is_prompt_shared = request.prompts is not None and request.prompts.spec.shape[1] == 1
         """Whether all rows have the same prompts."""
         self.hidden_TH: torch.Tensor | None = None
@@ -105,9 +104,17 @@ class _TrainingWork(Work[tuple[EncodedStates, ...]]):
         if request.position_runs is not None:
             self.positions_T = np.concatenate([expand_positions(runs) for runs in request.position_runs])
 
-    def first_row(self) -> int:
-        """Of the chunk whose turn it is."""
-        return sum(len(chunk.row_tokens) for chunk in self.chunks[: self.num_done])
+    def next_chunk(self, num_tokens: int) -> Chunk:
+        """The rows that are next: as many as have so many tokens, but at least one, which can't be cut."""
+        taken = take_rows(self.request.row_tokens, self._next_row, num_tokens, is_whole=self.span.is_recurrent)
+        assert taken is not None
+        return taken[0]
+
+    def pass_chunk(self, chunk: Chunk) -> bool:
+        """Note that a chunk is computed; True if it was the last one."""
+        self._next_row += len(chunk.row_tokens)
+        self.num_done += sum(chunk.row_tokens)
+        return self._next_row == len(self.request.row_tokens)
 
     def tokens(self, chunk: Chunk) -> slice:
         """Where a chunk's tokens stand among those of the request: no row is empty, so they are neighbours."""
@@ -118,7 +125,7 @@ class _TrainingWork(Work[tuple[EncodedStates, ...]]):
         prompts = self.prompts_BRPH
         if prompts is None or prompts.shape[1] == 1:
             return prompts
-        return prompts[:, self.first_row() : self.first_row() + len(chunk.row_tokens)]
+        return prompts[:, self._next_row : self._next_row + len(chunk.row_tokens)]
 
     def run(self, chunk: Chunk, *, with_graph: bool) -> ChunkGraph:
         """Compute a chunk; raises what saving a tensor of its graph raises."""
@@ -174,28 +181,27 @@ class TrainingForwardWork(_TrainingWork):
         self._meter: GraphMeter | None = None
         if graph is not None:
             self._meter = GraphMeter(span, lambda num_bytes: store.grow(graph, num_bytes), others_own=self.others_own)
-        self._parts: list[ChunkGraph] = []
+        self._parts: list[tuple[Chunk, ChunkGraph]] = []
         self._outputs: list[torch.Tensor] = []
 
-    def advance(self) -> bool:
+    def advance(self, num_tokens: int) -> bool:
         self.threads.apply(self.urgency)
         if self.num_done == 0:
             self.decode_inputs()
-        chunk = self.chunks[self.num_done]
+        chunk = self.next_chunk(num_tokens)
         part: ChunkGraph | None = None
         if self._meter is not None:
             try:
                 with self._meter:
                     part = self.run(chunk, with_graph=True)
                 self._meter.count(part.output_TH)
-                self._parts.append(part)
+                self._parts.append((chunk, part))
             except OverBudgetError:
                 self._give_up_graph()
         if part is None:
             part = self.run(chunk, with_graph=False)
         self._outputs.append(part.output_TH.detach())
-        self.num_done += 1
-        if self.num_done < len(self.chunks):
+        if not self.pass_chunk(chunk):
             return False
         if self.graph is not None:
             self.graph.content = KeptGraph(
@@ -232,7 +238,8 @@ class KeptGraph:
     is_prompt_shared: bool
     values_dtype: torch.dtype | None
     """What the gradient of the client's matrices is to be in; None: there are none."""
-    parts: tuple[ChunkGraph, ...]
+    parts: tuple[tuple[Chunk, ChunkGraph], ...]
+    """Backward goes by the chunks of the forward."""
 
     def is_of(self, span: Span, row_tokens: Sequence[int]) -> bool:
         """Whether it is of these blocks and as many tokens."""
@@ -259,8 +266,7 @@ class BackwardWork(_TrainingWork):
         super().__init__(
             span, threads, request, deadline_s=deadline_s, max_turn_tokens=max_turn_tokens, peer_id=peer_id
         )
-        if graph is not None:  # its chunks are those of its forward
-            assert len(graph.parts) == len(self.chunks)
+        if graph is not None:
             self.is_prompt_shared = graph.is_prompt_shared
         self._graph = graph
         self._max_graph_bytes = max_graph_bytes
@@ -272,14 +278,17 @@ class BackwardWork(_TrainingWork):
         if graph is not None:
             self._values_dtype = graph.values_dtype
 
-    def advance(self) -> bool:
+    def advance(self, num_tokens: int) -> bool:
         self.threads.apply(self.urgency)
         if self.num_done == 0:
             self.decode_inputs()
             assert self.request.gradient is not None
             self._gradient_TH = self.request.gradient.decode(self.span)
-        chunk = self.chunks[self.num_done]
-        part = self._forward(chunk) if self._graph is None else self._graph.parts[self.num_done]
+        if self._graph is None:
+            chunk = self.next_chunk(num_tokens)
+            part = self._forward(chunk)
+        else:
+            chunk, part = self._graph.parts[len(self._gradients)]
         with self.changed():  # a checkpointed chunk computes its blocks again
             gradients = part.differentiate(self._gradient_TH[self.tokens(chunk)])
         self._gradients.append(gradients.hidden_TH)
@@ -288,8 +297,7 @@ class BackwardWork(_TrainingWork):
         if (of_values_V := gradients.values_V) is not None:
             before_V = self._values_gradient_V
             self._values_gradient_V = of_values_V if before_V is None else before_V + of_values_V
-        self.num_done += 1
-        if self.num_done < len(self.chunks):
+        if not self.pass_chunk(chunk):
             return False
         self._graph = None
         return True

@@ -86,6 +86,22 @@ def test_bulk_that_can_not_join_is_not_starved() -> None:
     assert turn == MAX_TURNS_LEFT_OUT
 
 
+@pytest.mark.parametrize("urgency", [Urgency.BULK, Urgency.TRAINING])
+def test_what_has_turns_of_its_own_is_cut_for_those_who_decode(urgency: Urgency) -> None:
+    server = scheduler()
+    server.add(work := request(1000, key=None, urgency=urgency), 0.0)
+    assert planned(server.plan(0.0)) == [(work, 512)]
+    sizes = []
+    for turn in range(20):
+        server.add(request(), 0.1 * turn)
+        plan = server.plan(0.1 * turn)
+        sizes += [count for each, count in planned(plan) if each is work]
+        assert isinstance(plan, Plan)
+        server.absorb(plan, 0.1, 0.1 * turn + 0.1)
+    assert sizes
+    assert all(MIN_BULK_TOKENS <= size < 100 for size in sizes)
+
+
 class Picky(Request):
     """Finds no room as long as it is told so."""
 

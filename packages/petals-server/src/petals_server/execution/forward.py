@@ -12,10 +12,11 @@ from typing import final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import Cache
 
 from petals_core.identity import PeerId
 from petals_core.models.split import Span
-from petals_server.columns import Chunk, split_rows, spread
+from petals_server.columns import Chunk, spread, take_rows
 from petals_server.engine import Work
 from petals_server.execution.states import EncodedStates, PackedStates, as_mask, default_positions
 from petals_server.scheduling.request import Urgency
@@ -128,31 +129,55 @@ class ForwardWork(StatesWork):
             max_turn_tokens=max_turn_tokens,
             peer_id=peer_id,
         )
-        self._chunks = split_rows(states.row_tokens, max_turn_tokens, is_whole=span.is_recurrent)
-        self._next = 0
+        self._next_row = 0
+        self._row_done = 0
+        """Tokens of the row that is computed in pieces."""
+        self._cache: Cache | None = None
+        """Of that row."""
 
     @torch.inference_mode()
-    def advance(self) -> bool:
+    def advance(self, num_tokens: int) -> bool:
         self.threads.apply(self.urgency)
-        if self._next == 0:
+        if self.num_done == 0:
             self.load_input()
-        if self._next < len(self._chunks):
-            chunk = self._chunks[self._next]
-            # A mask is given with positions even where it masks nothing: without one, Transformers reads positions
-            # that start anew as several sequences packed into a row.
-            has_mask = self.positions_T is not None or not chunk.is_rectangular
-            positions_RN = self.chunk_positions(chunk)
-            if has_mask and positions_RN is None:
-                positions_RN = default_positions(chunk.row_tokens, [0] * len(chunk.row_tokens)).to(self.span.device)
-            hidden_RNH = self.span(
-                self.padded(chunk),
-                attention_mask=as_mask(spread(chunk.row_tokens), self.span.device) if has_mask else None,
-                position_ids=positions_RN,
-                cache=None,
-            )
-            self.put(chunk, hidden_RNH)
-            self._next += 1
-        if self._next < len(self._chunks):
+        row_tokens = self.states.row_tokens
+        most = 1 if self._row_done else num_tokens  # a row that is begun is finished before others are
+        taken = take_rows(row_tokens, self._next_row, most, is_whole=self.span.is_recurrent)
+        if taken is not None:
+            chunk, behind = taken
+            is_piece = sum(chunk.row_tokens) > most and not self.span.is_recurrent
+            if is_piece:
+                chunk = self._piece(chunk, num_tokens)
+            self._compute(chunk)
+            self.num_done += sum(chunk.row_tokens)
+            if not is_piece or self._row_done == row_tokens[behind - 1]:
+                self._next_row, self._row_done, self._cache = behind, 0, None
+        if self.num_done < self.num_tokens:
             return False
         self.store_output()
         return True
+
+    def _piece(self, row: Chunk, num_tokens: int) -> Chunk:
+        """The next tokens of a row that is too long for one turn."""
+        if self._cache is None:
+            self._cache = self.span.new_cache()
+        count = min(num_tokens, row.row_tokens[0] - self._row_done)
+        piece = Chunk(row_tokens=(count,), row_starts=(row.row_starts[0] + self._row_done,))
+        self._row_done += count
+        return piece
+
+    def _compute(self, chunk: Chunk) -> None:
+        # A mask is given with positions even where it masks nothing: without one, Transformers reads positions
+        # that start anew as several sequences packed into a row.
+        has_mask = self.positions_T is not None or not chunk.is_rectangular
+        positions_RN = self.chunk_positions(chunk)
+        if has_mask and positions_RN is None:
+            positions_RN = default_positions(chunk.row_tokens, [0] * len(chunk.row_tokens)).to(self.span.device)
+        valid_RC = spread(chunk.row_tokens if self._cache is None else (self._row_done,))
+        hidden_RNH = self.span(
+            self.padded(chunk),
+            attention_mask=as_mask(valid_RC, self.span.device) if has_mask else None,
+            position_ids=positions_RN,
+            cache=self._cache,
+        )
+        self.put(chunk, hidden_RNH)

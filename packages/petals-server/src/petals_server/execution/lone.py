@@ -180,7 +180,7 @@ class LoneStepWork(StatesWork):
         return Take(rows=(), copies=())
 
     @torch.inference_mode()
-    def advance(self) -> bool:
+    def advance(self, num_tokens: int) -> bool:
         self.threads.apply(self.urgency)
         session = self.session
         if not self._is_loaded:

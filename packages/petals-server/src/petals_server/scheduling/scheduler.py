@@ -78,7 +78,10 @@ class Scheduler:
         is_full = False
         for first in ordered:
             if first.key is None:
-                part = self._take(first, min(first.num_tokens_left, first.max_turn_tokens), now_s)
+                count = min(first.num_tokens_left, first.max_turn_tokens)
+                if first.urgency is not Urgency.DECODE:
+                    count = min(count, self.pace.bulk_tokens(0, now_s))
+                part = self._take(first, count, now_s)
                 if part is not None:
                     return Plan(parts=(part,))
                 continue
