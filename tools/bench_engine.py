@@ -4,7 +4,8 @@ Each command starts a server by its public command, loads it from this process (
 the loopback interface with TLS as always, prints its figures beside what is asked for, and fails if a target is missed.
 
 - ``sessions``: independent sessions that step token by token, beside the engine's packed batch without a network in the
-  same run; with ``--baseline REVISION`` also a lone session's step beside a server of that revision.
+  same run, and client processes that call ``generate``; with ``--baseline REVISION`` also a lone session's step beside
+  a server of that revision.
 - ``prompt``: a prompt of 4,096 tokens that arrives while 8 sessions decode.
 - ``memory``: 64 sessions of 400 tokens in the room that reserving 2,048 for each of 16 would take.
 - ``overload``: ten times as many sessions as the cache holds, with deadlines of 10 s.
@@ -90,7 +91,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8, help="in which all take turns (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=24, help="of each session in a round (default: %(default)s)")
     parser.add_argument(
-        "--processes", type=int, nargs="*", default=[], help="also so many client processes that call generate"
+        "--processes", type=int, nargs="*", default=[4], help="also so many client processes that call generate"
     )
     parser.add_argument("--baseline", metavar="REVISION", help="compare a lone session's step with this revision's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
