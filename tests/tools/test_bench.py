@@ -65,7 +65,9 @@ def test_only_swarms_run_where_a_network_makes_a_difference() -> None:
         if cell.network.name == LOOPBACK:
             assert Kind.LOCAL in kinds
             assert cell.reference.kind is Kind.LOCAL
-            assert (Kind.DISK_OFFLOAD in kinds) is (cell.scenario.num_clients == 1)
+            alone = cell.scenario.num_clients == 1
+            assert (Kind.CPU_OFFLOAD in kinds) is alone
+            assert (Kind.DISK_OFFLOAD in kinds) is (alone and cell.scenario.kind != "backward")
         else:
             assert kinds == {Kind.SWARM, Kind.EARLIER}
             assert cell.reference.name == "petals-1"

@@ -260,4 +260,6 @@ def _makes_sense(mode: Mode, network: Network, scenario: Scenario) -> bool:
         return False
     if scenario.model in _MODES_OF:
         return mode.name in _MODES_OF[scenario.model]
+    if mode.kind is Kind.DISK_OFFLOAD and scenario.kind == "backward":
+        return False  # the weights of all blocks stay in memory until their gradients are there
     return not mode.has_drafts and not (mode.kind.is_offload and scenario.num_clients > 1)
