@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,52 @@ def test_a_next_server_that_can_not_be_reached(checkpoint: Path) -> None:
             await first.stream.send(*step(0, STATES, 0))
             with pytest.raises(NextHopError):
                 await first.stream.receive(timeout_s=TIMEOUT_S)
+
+    run_clean(run())
+
+
+def test_nobody_learns_through_a_server_what_listens_where(checkpoint: Path) -> None:
+    """One answer whatever is wrong with the next server, and only so many of them; who can be reached costs nothing."""
+
+    async def run() -> None:
+        async with chain(checkpoint) as (to_first, to_second, _, _):
+            for _ in range(40):
+                await connect(to_first, to_second)
+                await ask(to_first, route(0), Routed)
+            there = announcement(to_second.server)
+            elsewhere = to_second.server.address = replace(to_second.server.address, port=9)
+            nowhere = announcement(to_second.server)
+            told = []
+            for encoded in [there, nowhere] * 20:
+                with pytest.raises(NextHopError) as caught:  # where it listens, there is no session of that id
+                    await ask(to_first, route(0, next=encoded, next_session=bytes(16)), Routed)
+                told.append(caught.value.message)
+            assert set(told[:32]) == {"the next server can't be reached"}
+            assert set(told[36:]) == {"too many next servers can't be reached: try again in a minute"}
+            assert str(elsewhere) not in "".join(told)
+
+    run_clean(run())
+
+
+def test_a_replay_ends_with_its_session(checkpoint: Path) -> None:
+    async def run() -> None:
+        async with chain(checkpoint) as (to_first, to_second, first, _):
+            await connect(to_first, to_second)
+            ring = to_first.server._handler.ring._sessions[IDS[0]]
+            release = threading.Event()
+            busy = asyncio.create_task(to_first.server._engine.call(release.wait))
+            try:
+                await first.stream.send(*step(0, STATES, 0))
+                request = Replay(session_id=IDS[0], attempt=1, before=1, passes=0, max_tokens=9, deadline_ms=5000)
+                replaying = asyncio.create_task(ask(to_first, request, Replayed))
+                await until(lambda: bool(ring._replays))
+                first.stream.cancel()
+                await until(lambda: ring._stream.error is not None)
+            finally:
+                release.set()
+            with pytest.raises(NoSessionError):
+                await replaying
+            await busy
 
     run_clean(run())
 

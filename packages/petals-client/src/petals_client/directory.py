@@ -67,6 +67,10 @@ class ServerDirectory:
             peer_id: signed for peer_id, signed in self._servers.items() if signed.announcement.expires_at_s > oldest_s
         }
 
+    def freshen(self) -> None:
+        """Look the servers up beside whatever else is done."""
+        self._start_refresh()
+
     async def refresh(self) -> None:
         """Look the servers up now; calls that come together share one look-up.
 

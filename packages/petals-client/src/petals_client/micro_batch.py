@@ -18,6 +18,7 @@ from torch import Tensor
 
 from petals_client.adaptation import Adaptation
 from petals_client.chunks import Part
+from petals_client.liveness import attend
 from petals_client.session import read_states
 from petals_client.swarm import Swarm, explain_failure
 from petals_core.announcement import SignedAnnouncement
@@ -96,7 +97,7 @@ class Access:
 
         async def send(fields: dict[str, Any]) -> tuple[Message, float]:
             started_s = time.perf_counter()
-            message = await call(
+            answer = call(
                 connection,
                 replace(request, **fields),
                 payload,
@@ -104,6 +105,7 @@ class Access:
                 priority=Priority.BULK,
                 timeout_s=self.swarm.options.step_timeout_s,
             )
+            message = await attend(answer, connection, drop=self.swarm.drop)
             return message, time.perf_counter() - started_s
 
         async with self._turns[server.peer_id]:

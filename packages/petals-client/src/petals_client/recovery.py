@@ -47,7 +47,9 @@ _MAX_FAILURES = 32
 _REPLAY_TOKENS = 256
 """Of one step in which others are brought to where a server was: several follow each other through new servers."""
 _STUCK_S = 3.0
-"""After so long without a change between two servers that both answer, the client carries the states between them."""
+"""After so long without a change between two servers that both answer, the client carries the states between them,"""
+_SLOWEST_BYTES_PER_S = 125_000
+"""beside the time that a part takes on a link of 1 Mbit/s."""
 _STAY_S = 5.0
 """How long a server that is about to stop goes on being used where nobody else holds its blocks."""
 
@@ -344,9 +346,18 @@ class Recovery:
         if not steps:
             return
         timeout_s = session.swarm.options.step_timeout_s
-        for number, request, states in merge(steps, join_states, _REPLAY_TOKENS):
-            await session.send(0, make_step(number, request, states, session.attempt, timeout_s, passes=last), states)
-        await self._wait_for(session.hops[last], steps[-1][0])
+
+        async def send() -> None:
+            for number, request, states in merge(steps, join_states, _REPLAY_TOKENS):
+                await session.send(
+                    0, make_step(number, request, states, session.attempt, timeout_s, passes=last), states
+                )
+
+        sending = asyncio.create_task(send())  # a server that hangs takes nothing, which is seen only while one looks
+        try:
+            await self._wait_for(session.hops[last], steps[-1][0])
+        finally:
+            sending.cancel()
 
     async def _wait_for(self, hop: HopSession, number: int) -> None:
         """Wait until a server has done a step of those that rebuild it.
@@ -383,6 +394,7 @@ class Recovery:
     async def _look(self, since_s: float) -> list[Progress | None]:
         """Ask all servers how far they are; who does not answer is broken, and after too long who is behind."""
         session = self._session
+        session.swarm.directory.freshen()  # so that whoever could take a silent one's place is known by then
         hops = list(session.hops)
         progress = await asyncio.gather(*(self._ask(hop, since_s) for hop in hops))
         waited_s = time.perf_counter() - since_s
@@ -424,9 +436,10 @@ class Recovery:
         if self._seen is None or self._seen[1] != state:
             self._seen = (now_s, state)
             return
-        if now_s - self._seen[0] < _STUCK_S:
-            return
         number = flight.next_number
+        sent = flight.expects(number)
+        if sent is None or now_s - self._seen[0] < _STUCK_S + sent.spec.num_bytes / _SLOWEST_BYTES_PER_S:
+            return
         for index, (received, _) in enumerate(state):
             if received is not None and received >= number:
                 continue

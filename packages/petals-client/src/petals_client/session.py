@@ -37,7 +37,7 @@ from petals_core.wire.messages import (
     Step,
 )
 
-_BACKLOG_BYTES = 4 * MIB
+BACKLOG_BYTES = 4 * MIB
 """Of steps that wait for the network before the sender does."""
 B = TypeVar("B", bound=Body)
 OnMessage = Callable[["HopSession", MessageReceived], None]
@@ -124,7 +124,7 @@ class HopSession:
             PetalsError: the session is broken.
         """
         self._stream.priority = Priority.of_step(sum(step.row_tokens))
-        await self._stream.send(step, payload, backlog_bytes=_BACKLOG_BYTES)
+        await self._stream.send(step, payload, backlog_bytes=BACKLOG_BYTES)
 
     async def route(
         self,

@@ -16,7 +16,7 @@ from petals_client.observation import unexplained_s
 from petals_client.opening import ChainOpener
 from petals_client.patience import Patience
 from petals_client.recovery import Recovery
-from petals_client.session import HopSession, States, make_step, read_states
+from petals_client.session import BACKLOG_BYTES, HopSession, States, make_step, read_states
 from petals_client.swarm import Swarm, explain_failure
 from petals_client.trace import HopTrace, StepTrace, trace_trip
 from petals_core.errors import Disposition, InvalidRequestError, PetalsError, ProtocolError
@@ -176,7 +176,7 @@ class SwarmSession:
             PetalsError: the step can't be done.
         """
         sender: asyncio.Task[None] | None = None
-        if len(flight.parts) - len(flight.results) == 1:
+        if len(flight.parts) - len(flight.results) == 1 and flight.parts[-1][1].spec.num_bytes <= BACKLOG_BYTES:
             await self._send(flight, flight.next_number)
         else:
             sender = asyncio.create_task(self._send_all(flight))

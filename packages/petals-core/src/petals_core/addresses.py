@@ -11,6 +11,8 @@ from petals_core.errors import ConfigurationError
 
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 _MAX_HOST_CHARS = 253
+_SOURCE_PREFIX_BITS = 64
+"""One IPv6 host has a whole /64 to its name; limits per source count that as one."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -69,3 +71,16 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def source_of(host: str) -> str:
+    """What counts as one source of connections: an IPv4 address or the network of an IPv6 address."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if ip.version == 4:
+        return host
+    if ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return str(ipaddress.ip_network((int(ip), _SOURCE_PREFIX_BITS), strict=False))

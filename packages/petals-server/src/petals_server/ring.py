@@ -50,6 +50,7 @@ from petals_core.wire.messages import (
     Step,
     StepResult,
 )
+from petals_dht.rates import Rate, RateLimiter
 from petals_server.config import ServerLimits
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ _BACKLOG_BYTES: Final = 4 * MIB
 
 RingRequest = Route | Replay | ProgressRequest | Push
 RING_REQUESTS: Final = (Route, Replay, ProgressRequest, Push)
+_FAILURES: Final = Rate(per_s=0.5, burst=32.0)
 StepHandler = Callable[["RingSession", Step, Message, float], Awaitable[None]]
 """Computes a step that arrived at a time (``time.monotonic``), and delivers what comes of it."""
 
@@ -88,6 +90,8 @@ class RingSession:
         """The client's."""
         self._inbox: asyncio.Queue[_Arrival | tuple[Replay, asyncio.Future[int | None]]] = asyncio.Queue()
         """What is to be done, in order. The wire's credit, which goes back when a message's turn comes, bounds it."""
+        self._replays: set[asyncio.Future[int | None]] = set()
+        """Requests to replay that were not answered yet."""
         self._attempt = 0
         self._failed_attempt = -1
         self._received: int | None = None
@@ -133,6 +137,9 @@ class RingSession:
         finally:
             worker.cancel()
             await asyncio.wait([worker])
+            for future in self._replays:
+                if not future.done():
+                    future.set_exception(_no_session())
             for stream in (self._inlet, self._outlet):
                 if stream is not None:
                     stream.cancel()
@@ -256,7 +263,8 @@ class RingSession:
                 raise
             if stream is self._outlet:  # else the client has chosen another way meanwhile, and sends the step again
                 self._outlet = None
-                raise NextHopError(f"the next server can't be reached any more: {error.message}") from None
+                log.debug("a next server can't be reached any more: %s", error.message)
+                raise NextHopError("the next server can't be reached any more") from None
 
     # --- rebuilding others --------------------------------------------------------------------------------------------
 
@@ -266,11 +274,16 @@ class RingSession:
         Raises:
             OutputsGoneError: they were not kept.
             NextHopError: the next server can't be reached.
+            NoSessionError: the session has ended meanwhile.
         """
         self._begin_attempt(request.attempt)
         future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self._replays.add(future)
         self._inbox.put_nowait((request, future))
-        return await future
+        try:
+            return await future
+        finally:
+            self._replays.discard(future)
 
     async def _replay(self, request: Replay, future: asyncio.Future[int | None]) -> None:
         """Answer before sending: to send takes as long as the next server takes to compute."""
@@ -334,16 +347,9 @@ class RingSession:
             if request.next is None or request.next_session is None:
                 return
             server = self._table.check_next(request.next)
-            try:
-                async with asyncio.timeout(request.deadline_ms / 1000):
-                    connection = await self._table.dialer.connect(server.announcement.addresses, peer_id=server.peer_id)
-                    self._outlet = await _open_outlet(connection, request.next_session)
-            except TimeoutError:
-                raise NextHopError("the next server did not answer in time") from None
-            except PetalsError as error:
-                raise NextHopError(f"the next server can't be reached: {error.message}") from None
-            self._next_connection = connection
-            self._table.dialer.drop_idle(_MAX_CONNECTIONS)
+            self._next_connection, self._outlet = await self._table.reach(
+                server, request.next_session, timeout_s=request.deadline_ms / 1000, source=self._stream.source
+            )
 
     async def follow(self, stream: Stream) -> None:
         """Take steps from the server before, until its stream ends or the client chooses another one."""
@@ -381,6 +387,8 @@ class RingTable:
         self.kept_bytes = 0
         self._fingerprint = fingerprint
         self._is_local = is_local
+        self._failures = RateLimiter(_FAILURES)
+        """Next servers that could not be reached, by whoever named them."""
         self._sessions: dict[bytes, RingSession] = {}
 
     @contextlib.contextmanager
@@ -448,6 +456,30 @@ class RingTable:
         if not self._is_local and any(ip is not None and not ip.is_global for ip in ips):
             raise NextHopError("the next server is in a private network")
         return server
+
+    async def reach(
+        self, server: SignedAnnouncement, session_id: bytes, *, timeout_s: float, source: str
+    ) -> tuple[PeerConnection, Stream]:
+        """Connect to a next server and open a stream that takes steps there, for a client from ``source``.
+
+        Who can't be reached is told without a reason, and sources that name many such servers have to wait: nobody is
+        to find out through this server what listens where.
+
+        Raises:
+            NextHopError: it can't be reached, or takes no steps from here, or there were too many of that.
+        """
+        if not self._failures.admit(source, now_s=time.monotonic()):
+            raise NextHopError("too many next servers can't be reached: try again in a minute")
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self.dialer.connect(server.announcement.addresses, peer_id=server.peer_id)
+                stream = await _open_outlet(connection, session_id)
+        except (PetalsError, TimeoutError) as error:
+            log.debug("the next server %s can't be reached: %s", server.peer_id.short, error or "no answer in time")
+            raise NextHopError("the next server can't be reached") from None
+        self._failures.admit(source, now_s=time.monotonic(), cost=-1.0)  # only failures count
+        self.dialer.drop_idle(_MAX_CONNECTIONS)
+        return connection, stream
 
 
 async def _open_outlet(connection: PeerConnection, session_id: bytes) -> Stream:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import socket
@@ -13,7 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Self
 
-from petals_core.addresses import Address
+from petals_core.addresses import Address, source_of
 from petals_core.errors import (
     ConfigurationError,
     DrainingError,
@@ -39,8 +38,6 @@ Handler = Callable[[Stream], Awaitable[None]]
 _logger = logging.getLogger(__name__)
 _BACKLOG = 256
 _RETRY_AFTER_S = 5.0
-_SOURCE_PREFIX_BITS = 64
-"""One IPv6 host has a whole /64 to its name; limits per source count that as one."""
 
 
 class Listener:
@@ -169,7 +166,7 @@ class Listener:
     def _admit(self, link: Link) -> None:
         """A TCP connection has been made."""
         limits = self._listener_limits
-        source = _source(link.remote[0])
+        source = source_of(link.remote[0])
         if not source:
             link.abort()  # gone before we looked
         elif self._handshakes.total() >= limits.max_handshakes:
@@ -278,16 +275,3 @@ async def _bind(host: str, port: int) -> socket.socket:
         raise ConfigurationError(
             f"can't listen on {host} port {port}: {(error.strerror or str(error)).lower()}"
         ) from error
-
-
-def _source(host: str) -> str:
-    """What counts as one source of connections: an IPv4 address or the network of an IPv6 address."""
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    if ip.version == 4:
-        return host
-    if ip.ipv4_mapped is not None:
-        return str(ip.ipv4_mapped)
-    return str(ipaddress.ip_network((int(ip), _SOURCE_PREFIX_BITS), strict=False))

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from petals_core.addresses import source_of
 from petals_core.errors import CancelledByPeerError, DeadlineExceededError, PetalsError
 from petals_core.identity import PeerId
 from petals_core.wire.connection import MessageReceived
@@ -58,6 +59,11 @@ class Stream:
         self._ended = False
         self._error: PetalsError | None = None
         self._handler: asyncio.Task[None] | None = None
+
+    @property
+    def source(self) -> str:
+        """What limits per source count the other end as: its IPv4 address, or the network of its IPv6 address."""
+        return source_of(self._connection.address.host)
 
     @property
     def is_open(self) -> bool:
