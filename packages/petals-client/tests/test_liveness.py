@@ -11,7 +11,7 @@ from petals_core.errors import DeadlineExceededError
 from petals_core.net.dialer import PeerConnection
 from petals_core.net.rpc import call
 from petals_core.net.stream import Stream
-from petals_core.testing.network import address_of, dialing, listening, run_clean
+from petals_core.testing.network import address_of, dialing, run_clean, serving
 from petals_core.wire.messages import InfoRequest, ProgressRequest, Replayed
 from petals_dht.testing import make_announcement, make_info
 
@@ -36,7 +36,7 @@ def test_who_gives_signs_of_life_is_waited_for() -> None:
                 await enough.wait()
                 await stream.send(Replayed(last=7), end=True)
 
-        async with listening(handle) as listener, dialing() as dialer:
+        async with serving(handle) as listener, dialing() as dialer:
             connection = await dialer.connect([address_of(listener)], peer_id=None)
             answer = call(connection, REQUEST, reply=Replayed, timeout_s=60.0)
             message = await attend(answer, connection, drop=dialer.drop, first_look_s=0.01)
@@ -53,7 +53,7 @@ def test_who_falls_silent_is_dropped() -> None:
         async def handle(stream: Stream) -> None:
             await asyncio.Event().wait()
 
-        async with listening(handle) as listener, dialing() as dialer:
+        async with serving(handle) as listener, dialing() as dialer:
             connection = await dialer.connect([address_of(listener)], peer_id=None)
             answer = call(connection, REQUEST, reply=Replayed, timeout_s=3600.0)
             with pytest.raises(DeadlineExceededError, match="no sign of life"):
