@@ -118,6 +118,8 @@ class FaultLab:
             self._model, initial_peers=[self._address], dtype=torch.float32
         )
         self._resources.callback(self._distributed.close)
+        # What a client begins with its first session and has as long as it lives is nothing that a cell leaves behind.
+        self._distributed.generate(torch.tensor([[3]]), max_new_tokens=1, **_GREEDY)
 
     # --- servers ------------------------------------------------------------------------------------------------------
 
