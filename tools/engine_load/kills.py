@@ -28,7 +28,9 @@ async def measure(folder: Path) -> list[Figure]:
     with serving(folder, NUM_BLOCKS, "--attn-cache-tokens", str(CACHE_TOKENS)) as server:
         async with connected(server.address, 1) as (peer,):
             session = await peer.open(max_length=MAX_LENGTH)
-            expected = await session.step(states(4, WIDTH, torch.float32))
+            # As those that will be killed: pools of threads are made when they are first needed, and stay.
+            await session.step(states(PROMPT_TOKENS, WIDTH, torch.float32))
+            expected = await session.step(states(4, WIDTH, torch.float32), keep=0)
             before = await _held(peer, server)
             processes = [_start_clients(server) for _ in range(NUM_PROCESSES)]
             try:
