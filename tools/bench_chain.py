@@ -4,7 +4,9 @@ Runs itself in the network lab (docs/network-lab.md): a client and three servers
 between them. *Decoding*, 50 ms one way between any two hosts: a step should take the one-way delays around the ring and
 the computing, and next to nothing more. *Prefill* of 2,048 tokens, 20 ms one way, at two rates: in parts that follow
 each other through the chain, and in one piece; beside the slowest stage, a link or all computing together (the servers
-share this machine's cores). Compression is off, so that the bytes are those of the states. Needs root.
+share this machine's cores). *Forward* of as many tokens in 16 rows, without a session and gradients: around the ring in
+micro-batches, and in one piece that the client carries. Compression is off, so that the bytes are those of the states.
+Needs root.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ HOSTS = ("client", "a", "b", "c")
 ONE_WAY_S = 0.05
 PREFILL_ONE_WAY_S = 0.02
 PREFILL_TOKENS = 2048
+FORWARD_ROWS = 16
 TARGETS = {20: 2.5, 100: 1.4}
 """Mbit/s: how many times as fast as in one piece."""
 PAYLOAD_SHARE = 1448 / 1500
@@ -82,6 +85,15 @@ class Prefill:
         return max(self.link_s, self.compute_s)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A forward without a session, at one rate, in seconds."""
+
+    rate_mbit: int
+    parts_s: float
+    whole_s: float
+
+
 def change_network(**settings: str) -> None:
     """Connect all hosts in another way."""
     text = ",".join(f"{name}={value}" for name, value in settings.items())
@@ -96,7 +108,9 @@ def place(host: str) -> local_swarm.Place:
 
 
 def load(folder: Path, address: str, part_tokens: int | None) -> Any:
-    options = ClientOptions.make(initial_peers=[address], compression="none", part_tokens=part_tokens)
+    options = ClientOptions.make(
+        initial_peers=[address], compression="none", part_tokens=part_tokens, micro_batch_tokens=part_tokens
+    )
     return AutoDistributedModelForCausalLM.from_pretrained(
         folder, initial_peers=[address], options=options, dtype=torch.float32
     )
@@ -145,7 +159,26 @@ def measure_prefill(pipelined: Any, whole: Any, rate_mbit: int, hidden_size: int
     )
 
 
-def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, list[Prefill]]:
+@torch.inference_mode()
+def forward(model: Any, seed: int) -> float:
+    """Seconds of a batch through the blocks alone."""
+    shape = (FORWARD_ROWS, PREFILL_TOKENS // FORWARD_ROWS, model.config.hidden_size)
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    started_s = time.perf_counter()
+    model.remote_blocks(hidden)
+    return time.perf_counter() - started_s
+
+
+def measure_forward(pipelined: Any, whole: Any, rate_mbit: int, num_runs: int) -> Batch:
+    times = [(forward(pipelined, run), forward(whole, run)) for run in range(num_runs)]
+    return Batch(
+        rate_mbit=rate_mbit,
+        parts_s=statistics.median(parts_s for parts_s, _ in times),
+        whole_s=statistics.median(whole_s for _, whole_s in times),
+    )
+
+
+def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, list[Prefill], list[Batch]]:
     """Everything, in the lab."""
     with tempfile.TemporaryDirectory(prefix="petals-bench-") as temporary, local_swarm.LocalSwarm() as swarm:
         os.environ["PETALS_CACHE_DIR"] = os.environ["PETALS_DATA_DIR"] = temporary
@@ -168,7 +201,8 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
         )
         hidden_size = model.config.hidden_size
         model.close()
-        figures = []
+        figures: list[Prefill] = []
+        batches: list[Batch] = []
         for rate_mbit in options.rates:
             console.print(f"prefill at {rate_mbit} Mbit/s", style="dim")
             change_network(delay=f"{500 * PREFILL_ONE_WAY_S:g}ms", rate=f"{rate_mbit}mbit")
@@ -176,12 +210,17 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
             figures.append(measure_prefill(pipelined, whole, rate_mbit, hidden_size, options.runs))
             last = figures[-1]
             console.print(f"  {last.whole_s:.2f} s in one piece, {last.parts_s:.2f} s in parts", style="dim")
+            batches.append(measure_forward(pipelined, whole, rate_mbit, options.runs))
+            console.print(
+                f"  forward: {batches[-1].whole_s:.2f} s in one piece, {batches[-1].parts_s:.2f} s around the ring",
+                style="dim",
+            )
             pipelined.close()
             whole.close()
-    return decoding, figures
+    return decoding, figures, batches
 
 
-def report(console: Console, decoding: Decoding, figures: list[Prefill]) -> bool:
+def report(console: Console, decoding: Decoding, figures: list[Prefill], batches: list[Batch]) -> bool:
     """Print figures beside their targets; True if all are met."""
     table = Table("figure", "measured", "target", "", title="A chain of three servers")
     checks: list[bool] = []
@@ -210,6 +249,11 @@ def report(console: Console, decoding: Decoding, figures: list[Prefill]) -> bool
         row("  times as fast", f"{gain:.2f}", f"{target}", None if target is None else gain >= target)
         row("  one link alone", f"{each.link_s:.2f} s")
         row("  all computing", f"{each.compute_s:.2f} s")
+    for batch in batches:
+        name = f"forward of {FORWARD_ROWS} x {PREFILL_TOKENS // FORWARD_ROWS} at {batch.rate_mbit} Mbit/s"
+        row(f"{name}, in one piece", f"{batch.whole_s:.2f} s")
+        row(f"{name}, around the ring", f"{batch.parts_s:.2f} s")
+        row("  times as fast", f"{batch.whole_s / batch.parts_s:.2f}")
     console.print(table)
     return all(checks)
 
@@ -228,13 +272,16 @@ def main() -> int:
     torch.set_num_threads(1)
     console = Console(width=120)
     with local_swarm.stopping_in_order():
-        decoding, figures = measure(console, options)
+        decoding, figures, batches = measure(console, options)
     console.print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    met = report(console, decoding, figures)
+    met = report(console, decoding, figures, batches)
     if options.json:
-        options.json.write_text(
-            json.dumps({"decoding": asdict(decoding), "prefill": [asdict(each) for each in figures]}, indent=1)
-        )
+        content = {
+            "decoding": asdict(decoding),
+            "prefill": [asdict(each) for each in figures],
+            "forward": [asdict(each) for each in batches],
+        }
+        options.json.write_text(json.dumps(content, indent=1))
     return 0 if met else 1
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from petals_client.adaptation import Adaptation
 from petals_client.session import HopSession
-from petals_client.swarm import Swarm, explain_failure
+from petals_client.swarm import Servers, Swarm, explain_failure
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import Disposition, DrainingError, MissingBlocksError, OverloadedError, PetalsError
 from petals_core.identity import PeerId
-from petals_core.routing.graph import Hop, describe_blocks
+from petals_core.routing.graph import Chain, Hop, describe_blocks
 from petals_core.tensors.codec import encode
 from petals_core.wire.messages import Buffer, OpenSession
 
@@ -59,11 +59,12 @@ class ChainOpener:
         previous: PeerId | None = None,
         following: PeerId | None = None,
         is_urgent: bool = False,
+        plan: tuple[Chain, Servers] | None = None,
     ) -> list[HopSession]:
         """Plan a chain over blocks ``start:end`` and open the session on each of its servers.
 
         On failure nothing is left open. Servers that fail are added to ``failed`` and not asked again. For
-        ``previous``, ``following`` and ``is_urgent`` see ``Swarm.plan``.
+        ``previous``, ``following`` and ``is_urgent`` see ``Swarm.plan``. With a ``plan`` that is tried first.
 
         Raises:
             PetalsError: no chain could be opened.
@@ -79,7 +80,7 @@ class ChainOpener:
         while True:
             attempt += 1
             try:
-                chain, servers = await self._swarm.plan(
+                chain, servers = (plan if attempt == 1 else None) or await self._swarm.plan(
                     start,
                     end,
                     without=failed | full,
@@ -135,6 +136,7 @@ class ChainOpener:
         previous: PeerId | None = None,
         following: PeerId | None = None,
         is_urgent: bool = True,
+        plan: tuple[Chain, Servers] | None = None,
     ) -> list[HopSession]:
         """As ``open``, but wait for servers while none that holds some blocks works, and say so.
 
@@ -154,7 +156,7 @@ class ChainOpener:
         while True:
             try:
                 return await self.open(
-                    start, end, failed=failed, previous=previous, following=following, is_urgent=is_urgent
+                    start, end, failed=failed, previous=previous, following=following, is_urgent=is_urgent, plan=plan
                 )
             except PetalsError as error:
                 if isinstance(error, MissingBlocksError):
@@ -178,6 +180,7 @@ class ChainOpener:
                         deadline_s - started_s,
                         error.message,
                     )
+            plan = None
             await asyncio.sleep(pause_s)
             if pause_s > _FIRST_PAUSE_S:
                 failed.clear()

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from petals_client.adaptation import Adaptation
 from petals_client.chain import StepRequest
-from petals_client.chunks import Part, split_columns
+from petals_client.chunks import split_columns
 from petals_client.loop_thread import LoopThread, inherit
 from petals_client.options import ClientOptions
 from petals_client.packing import PositionRuns
+from petals_client.part_states import decode_states, encode_states, join_parts, take_part
 from petals_client.routing.explanation import Route
-from petals_client.session import States
 from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
@@ -28,8 +28,6 @@ from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.split import block_count
 from petals_core.models.transformers_quantization import stored_quantization
 from petals_core.routing.graph import Chain
-from petals_core.tensors.codec import Encoding, decode, encode
-from petals_core.wire.compression import quantized_arrives_first
 
 T = TypeVar("T")
 
@@ -267,8 +265,8 @@ class SwarmChainSession:
             states = encode_states(hidden, self._options, rate)
             return decode_states(self._thread.run(self._session.step([(request, states)]))[0])
         parts = split_columns(request, max_tokens)
-        inputs = [(step, encode_states(_take(hidden, part), self._options, rate)) for step, part in parts]
-        return _join(hidden, [part for _, part in parts], self._thread.run(self._session.step(inputs)))
+        inputs = [(step, encode_states(take_part(hidden, part), self._options, rate)) for step, part in parts]
+        return join_parts(hidden, [part for _, part in parts], self._thread.run(self._session.step(inputs)))
 
     def trace(self) -> tuple[StepTrace, ...]:
         """See ``ChainSession.trace``."""
@@ -277,42 +275,3 @@ class SwarmChainSession:
     def close(self) -> None:
         """See ``ChainSession.close``."""
         self._thread.start_soon(self._session.close)
-
-
-def encode_states(hidden: Tensor, options: ClientOptions, bytes_per_s: float | None = None) -> States:
-    """Describe hidden states [N, H], as they are without a copy if they are contiguous. Servers answer in kind.
-
-    ``int8`` is not used on a link that is known to be so fast that they arrive earlier as they are, except with a fixed
-    ``compression``.
-    """
-    encoding = options.activation_codec
-    if encoding == Encoding.INT8 and options.compression == "auto":
-        is_worth_it = quantized_arrives_first(hidden.numel(), hidden.element_size(), bytes_per_s)
-        encoding = encoding if is_worth_it else None
-    spec, payload = encode(hidden, encoding=None if encoding is None else Encoding(encoding))
-    return States(spec=spec, payload=payload)
-
-
-def decode_states(states: States) -> Tensor:
-    """Return hidden states [N, H] that lie in the received bytes."""
-    (payload,) = states.payload
-    return decode(states.spec, memoryview(payload))
-
-
-def _take(hidden: Tensor, part: Part) -> Tensor:
-    pieces = [hidden[first : first + count] for first, count in part.ranges if count]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _join(hidden: Tensor, parts: Sequence[Part], results: Sequence[States]) -> Tensor:
-    """Put what came back for each part where it belongs in the whole."""
-    if len(parts) == 1 and parts[0].ranges and sum(count for _, count in parts[0].ranges) == hidden.shape[0]:
-        return decode_states(results[0])
-    output = torch.empty_like(hidden)
-    for part, states in zip(parts, results, strict=True):
-        tokens = decode_states(states)
-        offset = 0
-        for first, count in part.ranges:
-            output[first : first + count] = tokens[offset : offset + count]
-            offset += count
-    return output

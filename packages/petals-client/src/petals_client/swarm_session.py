@@ -17,7 +17,7 @@ from petals_client.opening import ChainOpener
 from petals_client.patience import Patience
 from petals_client.recovery import Recovery
 from petals_client.session import BACKLOG_BYTES, HopSession, States, make_step, read_states
-from petals_client.swarm import Swarm, explain_failure
+from petals_client.swarm import Servers, Swarm, explain_failure
 from petals_client.trace import HopTrace, StepTrace, trace_trip
 from petals_core.errors import Disposition, InvalidRequestError, PetalsError, ProtocolError
 from petals_core.routing.graph import Chain
@@ -76,8 +76,10 @@ class SwarmSession:
         """How fast the link to the first server takes bytes; None while nothing has had to wait."""
         return self.hops[0].connection.rate_bytes_per_s if self.hops else None
 
-    async def open(self) -> None:
+    async def open(self, plan: tuple[Chain, Servers] | None = None) -> None:
         """Plan a chain, open the session on each of its servers, and let these find each other.
+
+        A ``plan``, a chain and what all servers announced, is tried first.
 
         Where servers have gone that were there before, this waits for others up to ``recovery_timeout_s``. On failure
         nothing is left open.
@@ -87,7 +89,7 @@ class SwarmSession:
         """
         deadline_s = asyncio.get_running_loop().time() + self.swarm.options.recovery_timeout_s
         self.hops = await self.opener.wait_and_open(
-            self.start, self.end, failed=set(), deadline_s=deadline_s, is_urgent=False
+            self.start, self.end, failed=set(), deadline_s=deadline_s, is_urgent=False, plan=plan
         )
         try:
             for hop in self.hops:

@@ -24,6 +24,7 @@ from petals_client.adaptation import Adaptation
 from petals_client.chunks import Part, split_rows
 from petals_client.micro_batch import REQUESTS_PER_SERVER, Access, GradientsOfPart, Leg, MicroBatch
 from petals_client.packing import PositionRuns
+from petals_client.ring_forward import RingForward
 from petals_client.swarm import Servers, Swarm
 from petals_core.errors import MissingBlocksError
 from petals_core.routing.flow import Branch
@@ -98,6 +99,8 @@ class TrainingRun:
     ) -> tuple[Tensor, TrainingTrace, list[Tensor]]:
         """Compute packed states [N, H]; returns what comes out, its trace, and what went into each server.
 
+        Where no gradients are wanted states go around the ring if that pays; then there is nothing to trace.
+
         Raises:
             PetalsError: no chain could do it.
         """
@@ -109,6 +112,11 @@ class TrainingRun:
             num_tokens=min(num_tokens, _PLANNED_PART_TOKENS),
             max_chains=max(1, min(_MAX_CHAINS, num_tokens // part_tokens)),
         )
+        if prompts is None and not self._access.keeps_graphs:
+            around = RingForward(self._swarm, branches, servers, start=start, end=end, adaptation=self._adaptation)
+            output = await around.run(hidden, row_tokens, position_runs)
+            if output is not None:
+                return output, TrainingTrace(start=start, end=end, adaptation=self._adaptation), []
         max_tokens = self._choose_part_tokens(num_tokens, num_hops=sum(len(branch.chain) for branch in branches))
         parts = split_rows(row_tokens, position_runs, max_tokens)
         results: list[tuple[Tensor, list[tuple[Leg, Tensor]]] | None] = [None] * len(parts)

@@ -1,0 +1,156 @@
+"""Forwards without gradients around the ring of a chain's servers.
+
+Micro-batches follow each other as steps of a session. Each begins it anew, so the attention cache holds one of them at
+most, and everything else is what a session has: servers pass states on among themselves, a window bounds what is under
+way, and failed servers are replaced.
+
+Letters: N tokens of all rows, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from petals_client.adaptation import Adaptation
+from petals_client.chain import StepRequest
+from petals_client.chunks import Part, split_columns, split_rows
+from petals_client.packing import PositionRuns
+from petals_client.part_states import encode_states, join_parts, take_part
+from petals_client.swarm import Servers, Swarm
+from petals_client.swarm_session import SwarmSession
+from petals_client.window import choose_part_tokens
+from petals_core.errors import PetalsError
+from petals_core.routing.flow import Branch
+
+_logger = logging.getLogger(__name__)
+_MIN_PART_TOKENS = 128
+_MIN_PARTS_PER_SERVER = 2
+"""With fewer micro-batches, opening the session takes more time than the ring saves."""
+
+_OPEN_TIMEOUT_S = 2.0
+"""Beyond it, states that are carried are there earlier: servers without room let a session wait."""
+
+
+class RingForward:
+    """One forward of a batch through the chains that were planned for it. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        branches: Sequence[Branch],
+        servers: Servers,
+        *,
+        start: int,
+        end: int,
+        adaptation: Adaptation | None,
+    ) -> None:
+        self._swarm = swarm
+        self._branches = branches
+        self._servers = servers
+        self._start = start
+        self._end = end
+        self._adaptation = adaptation
+
+    async def run(
+        self, hidden: Tensor, row_tokens: tuple[int, ...], position_runs: PositionRuns | None
+    ) -> Tensor | None:
+        """Compute packed states [N, H]; None where it does not pay or no session is to be had: carry them instead."""
+        num_hops = max(len(branch.chain) for branch in self._branches)
+        max_tokens = self._choose_part_tokens(hidden.shape[0], num_hops)
+        micro_batches = split_rows(row_tokens, position_runs, max_tokens)
+        num_servers = sum(len(branch.chain) for branch in self._branches)
+        num_parts = sum(math.ceil(sum(each.row_tokens) / max_tokens) for each in micro_batches)
+        if num_hops == 1 or num_parts < _MIN_PARTS_PER_SERVER * num_servers:
+            return None
+        num_rows = max(len(each.row_tokens) for each in micro_batches)
+        output = torch.empty_like(hidden)
+        todo = deque(micro_batches)
+
+        async def serve(branch: Branch) -> None:
+            session = SwarmSession(
+                self._swarm,
+                start=self._start,
+                end=self._end,
+                num_rows=num_rows,
+                max_length=max(row_tokens),
+                adaptation=self._adaptation,
+            )
+            try:
+                async with asyncio.timeout(_OPEN_TIMEOUT_S):
+                    await session.open((branch.chain, self._servers))
+                while taken := self._take_turn(todo, branch.share):
+                    await self._step(session, hidden, output, taken, num_rows, max_tokens)
+            finally:
+                session.close()
+
+        tasks = [asyncio.create_task(serve(branch)) for branch in self._branches]
+        try:
+            await asyncio.gather(*tasks)
+        except (PetalsError, TimeoutError) as error:
+            _logger.info("a batch does not go around the ring, so this client carries its states: %s", error)
+            return None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        return output
+
+    def _choose_part_tokens(self, num_tokens: int, num_hops: int) -> int:
+        options = self._swarm.options
+        wanted = options.micro_batch_tokens or max(_MIN_PART_TOKENS, choose_part_tokens(num_tokens, num_hops))
+        return min(wanted, options.max_tokens_per_request, options.max_tokens_in_flight)
+
+    def _take_turn(self, todo: deque[Part], share: float) -> list[Part]:
+        """The next micro-batches of one chain: all it may have under way, but less towards the end, so that chains end
+        together."""
+        if not todo:
+            return []
+        num_tokens = self._swarm.options.max_tokens_in_flight // len(self._branches)
+        if len(self._branches) > 1:
+            num_tokens = min(num_tokens, math.ceil(share * sum(sum(each.row_tokens) for each in todo) / 2))
+        taken = [todo.popleft()]
+        num_tokens -= sum(taken[0].row_tokens)
+        while todo and sum(todo[0].row_tokens) <= num_tokens:
+            num_tokens -= sum(todo[0].row_tokens)
+            taken.append(todo.popleft())
+        return taken
+
+    async def _step(
+        self,
+        session: SwarmSession,
+        hidden: Tensor,
+        output: Tensor,
+        micro_batches: Sequence[Part],
+        num_rows: int,
+        max_tokens: int,
+    ) -> None:
+        """Send micro-batches through a session, and put what comes out where they stand in the whole."""
+        options, rate = self._swarm.options, session.rate_bytes_per_s
+        inputs = []
+        places: list[tuple[int, int, list[Part]]] = []
+        for each in micro_batches:
+            first, count = each.ranges[0][0], sum(each.row_tokens)
+            missing = num_rows - len(each.row_tokens)
+            runs = each.position_runs
+            request = StepRequest(
+                keep=0,
+                row_tokens=each.row_tokens + (0,) * missing,
+                position_runs=None if runs is None else runs + ((),) * missing,
+            )
+            # Several rows fit one part; a long one is cut like a prompt.
+            num_columns = max(each.row_tokens) if len(each.row_tokens) > 1 else max_tokens
+            steps = split_columns(request, num_rows * num_columns)
+            tokens = hidden[first : first + count]
+            inputs += [(step, encode_states(take_part(tokens, part), options, rate)) for step, part in steps]
+            places.append((first, count, [part for _, part in steps]))
+        results = iter(await session.step(inputs))
+        for first, count, parts in places:
+            states = [next(results) for _ in parts]
+            output[first : first + count] = join_parts(hidden[first : first + count], parts, states)
