@@ -7,12 +7,11 @@ Letters: R rows, T tokens of all rows together, N columns of a chunk, H hidden s
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import Cache
 
 from petals_core.identity import PeerId
 from petals_core.models.split import Span
@@ -132,7 +131,7 @@ class ForwardWork(StatesWork):
         self._next_row = 0
         self._row_done = 0
         """Tokens of the row that is computed in pieces."""
-        self._cache: Cache | None = None
+        self._cache: Any = None
         """Of that row."""
 
     @torch.inference_mode()

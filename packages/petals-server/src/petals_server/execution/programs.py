@@ -31,7 +31,7 @@ from petals_server.execution.batch import Batch
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS: Final = 8
+MAX_TOKENS: Final = 16
 """Turns of more tokens are computed as they are: there the operations themselves take the time."""
 _NAME: Final = "petals_recorded"
 _UNKNOWABLE: Final = (
