@@ -14,7 +14,15 @@ from petals_client.adaptation import Adaptation
 from petals_client.session import HopSession
 from petals_client.swarm import Servers, Swarm, explain_failure
 from petals_core.announcement import SignedAnnouncement
-from petals_core.errors import Disposition, DrainingError, MissingBlocksError, OverloadedError, PetalsError
+from petals_core.errors import (
+    AuthenticationError,
+    Disposition,
+    DrainingError,
+    MissingBlocksError,
+    OverloadedError,
+    PetalsError,
+    VersionMismatchError,
+)
 from petals_core.identity import PeerId
 from petals_core.routing.graph import Chain, Hop, describe_blocks
 from petals_core.tensors.codec import encode
@@ -25,6 +33,8 @@ MAX_WAIT_S = 5.0
 """For a server that is full for the moment, before it is asked again."""
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.2, 2.0
 """Where nobody holds a block, between two look-ups; each is twice as long as the one before."""
+_LASTING = (OverloadedError, AuthenticationError, VersionMismatchError)
+"""After these a new session does not wait any longer: ``open`` has waited for room, and nothing changes who answers."""
 _TELL_S = 5.0
 """Between two lines that tell the user of the waiting."""
 
@@ -141,8 +151,8 @@ class ChainOpener:
         """As ``open``, but wait for servers while none that holds some blocks works, and say so.
 
         Servers that have failed are asked again when there is nobody else. ``deadline_s`` is on the loop's clock. What
-        is not urgent fails at once where nobody has held some blocks since this client joined, and where servers had no
-        room for as long as ``open`` waits for it.
+        is not urgent fails at once where nobody has held some blocks since this client joined, where servers had no
+        room for as long as ``open`` waits for it, and where others than announced answer, or speak another version.
 
         Raises:
             PetalsError: no chain could be opened up to the deadline.
@@ -162,8 +172,9 @@ class ChainOpener:
                 if isinstance(error, MissingBlocksError):
                     is_final = not is_urgent and not self._swarm.directory.were_held(start, end)
                 else:
-                    is_full = not is_urgent and isinstance(error, OverloadedError)
-                    is_final = is_full or error.disposition is Disposition.GIVE_UP
+                    is_final = error.disposition is Disposition.GIVE_UP or (
+                        not is_urgent and isinstance(error, _LASTING)
+                    )
                 if not isinstance(error, MissingBlocksError):
                     failure = error
                 if is_final or loop.time() + pause_s >= deadline_s:
