@@ -73,7 +73,9 @@ class Work(Request, Generic[T]):
         """
 
     def advance(self, num_tokens: int) -> bool:
-        """Compute one turn alone, in the device's thread, of about so many tokens; True when the result is there.
+        """Compute one turn alone, in the device's thread, of about so many tokens, pads included.
+
+        Returns whether the result is there.
 
         Raises:
             PetalsError: the request is at fault, or can't be served; there will be no further turn.
@@ -306,7 +308,10 @@ class Engine:
         failures: list[tuple[Request, Exception]] = []
         try:
             if first.key is None:
-                return Outcome(is_complete=first.advance(plan.parts[0].num_tokens), failures=failures)
+                num_tokens = plan.parts[0].num_tokens
+                if num_tokens == first.num_tokens_left:
+                    num_tokens = first.max_turn_tokens  # pads, which the scheduler does not count, are no reason to cut
+                return Outcome(is_complete=first.advance(num_tokens), failures=failures)
             first.advance_together(plan.parts)
         except Exception as error:
             if len(plan.parts) == 1:
