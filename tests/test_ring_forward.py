@@ -1,4 +1,4 @@
-"""Large batches without gradients go around the ring, as steps of sessions, and come out as from the local model."""
+"""Large batches go around the ring, as steps of sessions, and come out and back as with the local model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from petals_client import AutoDistributedModelForCausalLM, ClientOptions
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.split import Span, load_span
+from petals_server.config import ServerLimits
 
 WIDTH = 64
 SPANS = ((0, 2), (2, 4), (4, 6))
@@ -105,18 +106,53 @@ def test_several_chains_share_a_batch(new_swarm: Any, folder: Path, span: Span, 
     assert_same(outputs, rows, span)
 
 
-def test_few_parts_and_gradients_are_carried(
-    new_swarm: Any, folder: Path, span: Span, connect: Callable[..., Any]
-) -> None:
+def test_few_parts_are_carried(new_swarm: Any, folder: Path, span: Span, connect: Callable[..., Any]) -> None:
     swarm = new_swarm()
     for start, end in SPANS:
         swarm.add(folder, start, end)
+    rows = rows_of(8, 8)
+    outputs, was_around = compute(connect(swarm, micro_batch_tokens=10), rows)
+    assert not was_around
+    assert_same(outputs, rows, span)
+
+
+@pytest.mark.parametrize("event", ["nothing", "one server leaves", "graphs expire"])
+def test_gradients_of_a_batch_that_went_around(
+    new_swarm: Any, folder: Path, span: Span, connect: Callable[..., Any], event: str
+) -> None:
+    swarm = new_swarm()
+    servers = [
+        swarm.add(folder, start, end, limits=ServerLimits(max_graph_s=0.01 if event == "graphs expire" else 120.0))
+        for start, end in SPANS
+    ]
     chain = connect(swarm, micro_batch_tokens=10)
-    few, many = rows_of(8, 8), rows_of(*(8,) * 16)
-    for rows, keeps_graphs in ((few, False), (many, True)):
-        outputs, was_around = compute(chain, rows, keeps_graphs=keeps_graphs)
-        assert not was_around
-        assert_same(outputs, rows, span)
+    rows = rows_of(3, 8, 2, 7, 5, 5, 8, 8, 6, 4, 8, 3, 7)
+    output, trace, inputs = chain.forward_for_training(
+        torch.cat(rows),
+        None,
+        start=0,
+        end=6,
+        row_tokens=tuple(map(len, rows)),
+        position_runs=None,
+        keeps_graphs=True,
+    )
+    assert [[leg.has_input for leg in part.legs] for part in trace.parts] == [[True, False, False]] * len(trace.parts)
+    assert len(inputs) == len(trace.parts)
+    swarm.wait_for_sessions(0)
+    if event == "one server leaves":
+        swarm.add(folder, 1, 5)
+        swarm.remove(servers[1])
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    of_hidden, _, _ = chain.backward(trace, inputs, None, gradient)
+    start = 0
+    for row in rows:
+        place = slice(start, start + len(row))
+        leaf = row[None].clone().requires_grad_()
+        local = span(leaf)
+        assert float((output[place] - local[0].detach()).norm()) <= 1e-5 * float(local.detach().norm())
+        (expected,) = torch.autograd.grad(local, leaf, gradient[place][None])
+        assert float((of_hidden[place] - expected[0]).norm()) <= 1e-5 * float(expected.norm())
+        start += len(row)
 
 
 def test_a_batch_is_carried_where_no_session_is_to_be_had(

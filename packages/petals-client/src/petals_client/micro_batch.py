@@ -64,6 +64,8 @@ class Leg:
     hop: Hop
     graph_id: bytes | None
     """Under which name the server keeps the graph; None: it does not, or the graph is used up."""
+    has_input: bool = True
+    """Whether the client has what went into it; not where states went around the ring."""
 
 
 class Access:
@@ -234,15 +236,16 @@ class MicroBatch:
                 position = hop.end
         return hidden, legs
 
-    async def backward(self, legs: Sequence[tuple[Leg, Tensor]], gradient: Tensor) -> GradientsOfPart:
+    async def backward(self, legs: Sequence[tuple[Leg, Tensor | None]], gradient: Tensor) -> GradientsOfPart:
         """Return the gradients of the hidden states that went in, of the prompts, and of the client's own matrices.
 
-        When a server fails, others compute its blocks again from what went into it.
+        When a server fails, others compute its blocks again from what went into it; where only the chain's first
+        server's input is known, all before it are computed again too.
 
         Raises:
             PetalsError: nobody could do it.
         """
-        remaining = list(legs)
+        remaining: list[tuple[Leg, Tensor | None]] = list(legs)
         of_prompts: list[Tensor] = []
         of_values: list[Tensor] = []
         while remaining:
@@ -250,10 +253,16 @@ class MicroBatch:
             try:
                 gradient, prompts, values = await self._backward_hop(leg, hidden, gradient)
             except PetalsError as error:
-                await self._attempts.note(leg.hop, error)
-                if error.disposition is not Disposition.RETRY_SAME:
+                has_expired = isinstance(error, GraphExpiredError)  # nobody's fault
+                if not has_expired:
+                    await self._attempts.note(leg.hop, error)
+                if has_expired or error.disposition is not Disposition.RETRY_SAME:
+                    end = leg.hop.end
+                    while hidden is None:
+                        remaining.pop()
+                        leg, hidden = remaining[-1]
                     remaining.pop()
-                    _, others = await self.forward(hidden, leg.hop.start, leg.hop.end)
+                    _, others = await self.forward(hidden, leg.hop.start, end)
                     remaining.extend(others)
                 continue
             remaining.pop()
@@ -300,14 +309,17 @@ class MicroBatch:
         (received,) = states.payload
         return decode(states.spec, memoryview(received)), reply.body.is_kept is True
 
-    async def _backward_hop(self, leg: Leg, hidden: Tensor, gradient: Tensor) -> GradientsOfPart:
+    async def _backward_hop(self, leg: Leg, hidden: Tensor | None, gradient: Tensor) -> GradientsOfPart:
         server = await self._access.find_server(leg.hop)
         graph_id, leg.graph_id = leg.graph_id, None
         if graph_id is not None:
             try:
                 return await self._request_backward(leg.hop, server, [], gradient, graph_id)
             except GraphExpiredError:
-                pass  # it is computed anew
+                if hidden is None:
+                    raise
+        if hidden is None:
+            raise GraphExpiredError("the graph is used up")
         return await self._request_backward(leg.hop, server, [hidden, *self._prompts_of(leg.hop)], gradient, None)
 
     async def _request_backward(

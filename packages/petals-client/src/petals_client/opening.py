@@ -51,6 +51,7 @@ class ChainOpener:
         max_length: int,
         prompts: Tensor | None,
         adaptation: Adaptation | None,
+        keeps_graphs: bool = False,
     ) -> None:
         """``prompts`` [blocks from ``start`` on, 1, P, H] are deep prompts."""
         self._swarm = swarm
@@ -59,6 +60,7 @@ class ChainOpener:
         self._max_length = max_length
         self._prompts = prompts
         self._adaptation = adaptation
+        self._keeps_graphs = keeps_graphs
 
     async def open(
         self,
@@ -213,6 +215,7 @@ class ChainOpener:
             max_length=self._max_length,
             deadline_ms=int(timeout_s * 1000),
             tensors=tensors,
+            keeps_graphs=self._keeps_graphs or None,
         )
 
         async def send(fields: dict[str, Any]) -> HopSession:

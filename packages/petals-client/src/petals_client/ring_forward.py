@@ -1,8 +1,9 @@
-"""Forwards without gradients around the ring of a chain's servers.
+"""Forwards around the ring of a chain's servers.
 
 Micro-batches follow each other as steps of a session. Each begins it anew, so the attention cache holds one of them at
 most, and everything else is what a session has: servers pass states on among themselves, a window bounds what is under
-way, and failed servers are replaced.
+way, and failed servers are replaced. Where gradients will be wanted there is no cache, servers keep the graph of each
+step, and the first failure ends it, after which states are carried.
 
 Letters: N tokens of all rows, H hidden size.
 """
@@ -21,13 +22,16 @@ from torch import Tensor
 from petals_client.adaptation import Adaptation
 from petals_client.chain import StepRequest
 from petals_client.chunks import Part, split_columns, split_rows
+from petals_client.micro_batch import Leg
 from petals_client.packing import PositionRuns
-from petals_client.part_states import encode_states, join_parts, take_part
+from petals_client.part_states import decode_states, encode_states, join_parts, take_part
 from petals_client.swarm import Servers, Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.window import choose_part_tokens
 from petals_core.errors import PetalsError
 from petals_core.routing.flow import Branch
+from petals_core.tensors.codec import encode
+from petals_core.tensors.states import States
 
 _logger = logging.getLogger(__name__)
 _MIN_PART_TOKENS = 128
@@ -50,6 +54,7 @@ class RingForward:
         start: int,
         end: int,
         adaptation: Adaptation | None,
+        keeps_graphs: bool = False,
     ) -> None:
         self._swarm = swarm
         self._branches = branches
@@ -57,6 +62,9 @@ class RingForward:
         self._start = start
         self._end = end
         self._adaptation = adaptation
+        self._keeps_graphs = keeps_graphs
+        self.legs: list[tuple[Part, tuple[Leg, ...]]] = []
+        """For each micro-batch, where graphs are kept, who keeps them."""
 
     async def run(
         self, hidden: Tensor, row_tokens: tuple[int, ...], position_runs: PositionRuns | None
@@ -66,7 +74,9 @@ class RingForward:
         max_tokens = self._choose_part_tokens(hidden.shape[0], num_hops)
         micro_batches = split_rows(row_tokens, position_runs, max_tokens)
         num_servers = sum(len(branch.chain) for branch in self._branches)
-        num_parts = sum(math.ceil(sum(each.row_tokens) / max_tokens) for each in micro_batches)
+        num_parts = len(micro_batches)
+        if not self._keeps_graphs:  # else a row can't be cut
+            num_parts = sum(math.ceil(sum(each.row_tokens) / max_tokens) for each in micro_batches)
         if num_hops == 1 or num_parts < _MIN_PARTS_PER_SERVER * num_servers:
             return None
         num_rows = max(len(each.row_tokens) for each in micro_batches)
@@ -81,12 +91,16 @@ class RingForward:
                 num_rows=num_rows,
                 max_length=max(row_tokens),
                 adaptation=self._adaptation,
+                keeps_graphs=self._keeps_graphs,
             )
             try:
                 async with asyncio.timeout(_OPEN_TIMEOUT_S):
                     await session.open((branch.chain, self._servers))
                 while taken := self._take_turn(todo, branch.share):
-                    await self._step(session, hidden, output, taken, num_rows, max_tokens)
+                    if self._keeps_graphs:
+                        await self._step_with_graphs(session, hidden, output, taken)
+                    else:
+                        await self._step(session, hidden, output, taken, num_rows, max_tokens)
             finally:
                 session.close()
 
@@ -121,6 +135,27 @@ class RingForward:
             num_tokens -= sum(todo[0].row_tokens)
             taken.append(todo.popleft())
         return taken
+
+    async def _step_with_graphs(
+        self, session: SwarmSession, hidden: Tensor, output: Tensor, micro_batches: Sequence[Part]
+    ) -> None:
+        """Send micro-batches through a session whose servers keep their graphs; nothing is lost by an encoding."""
+        inputs, places = [], []
+        for each in micro_batches:
+            place = slice(each.ranges[0][0], each.ranges[0][0] + sum(each.row_tokens))
+            request = StepRequest(keep=0, row_tokens=each.row_tokens, position_runs=each.position_runs)
+            spec, payload = encode(hidden[place])
+            inputs.append((request, States(spec=spec, payload=payload)))
+            places.append(place)
+        first = session.next_number
+        for place, states in zip(places, await session.step(inputs), strict=True):
+            output[place] = decode_states(states)
+        for number, each in enumerate(micro_batches, first):
+            legs = [
+                Leg(hop=hop, graph_id=graph_id, has_input=index == 0)
+                for index, (hop, graph_id) in enumerate(session.graph_ids(number))
+            ]
+            self.legs.append((each, tuple(legs)))
 
     async def _step(
         self,

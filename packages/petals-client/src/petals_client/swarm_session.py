@@ -19,12 +19,12 @@ from petals_client.recovery import Recovery
 from petals_client.session import BACKLOG_BYTES, HopSession, States, make_step, read_states
 from petals_client.swarm import Servers, Swarm, explain_failure
 from petals_client.trace import HopTrace, StepTrace, trace_trip
-from petals_core.errors import Disposition, InvalidRequestError, PetalsError, ProtocolError
-from petals_core.routing.graph import Chain
+from petals_core.errors import Disposition, InvalidRequestError, PeerConnectionError, PetalsError, ProtocolError
+from petals_core.routing.graph import Chain, Hop
 from petals_core.steps import StepHistory, StepRequest
 from petals_core.tensors.codec import TensorSpec
 from petals_core.wire.events import MessageReceived
-from petals_core.wire.messages import Message, Step, StepResult
+from petals_core.wire.messages import Message, Step, StepResult, graph_id_of
 
 _logger = logging.getLogger(__name__)
 _MAX_TRACES = 1024
@@ -43,15 +43,28 @@ class SwarmSession:
         max_length: int,
         prompts: Tensor | None = None,
         adaptation: Adaptation | None = None,
+        keeps_graphs: bool = False,
     ) -> None:
-        """``prompts`` [end - start, 1, P, H] are deep prompts."""
+        """
+        Args:
+            prompts: [end - start, 1, P, H], deep prompts.
+            keeps_graphs: whether steps are forwards whose graphs the servers keep (``graph_ids``). Such a session is
+                over with its first failure, since nobody else can be given the graphs.
+        """
         self.swarm = swarm
         self.start = start
         self.end = end
         self.hops: list[HopSession] = []
         self.opener = ChainOpener(
-            swarm, start=start, num_rows=num_rows, max_length=max_length, prompts=prompts, adaptation=adaptation
+            swarm,
+            start=start,
+            num_rows=num_rows,
+            max_length=max_length,
+            prompts=prompts,
+            adaptation=adaptation,
+            keeps_graphs=keeps_graphs,
         )
+        self._keeps_graphs = keeps_graphs
         self.history: StepHistory[States] = StepHistory(swarm.options.history_bytes)
         """What the first server was sent: from it everything can be rebuilt."""
         self.attempt = 0
@@ -70,6 +83,15 @@ class SwarmSession:
     def chain(self) -> Chain:
         """The servers that serve it."""
         return tuple(session.hop for session in self.hops)
+
+    @property
+    def next_number(self) -> int:
+        """Of the part that is sent next."""
+        return self._next_number
+
+    def graph_ids(self, number: int) -> list[tuple[Hop, bytes]]:
+        """Under which name each server of the chain keeps the graph of a part."""
+        return [(session.hop, graph_id_of(session.session_id, number)) for session in self.hops]
 
     @property
     def rate_bytes_per_s(self) -> float | None:
@@ -116,6 +138,8 @@ class SwarmSession:
             if self.is_closed:
                 raise InvalidRequestError("the session was closed while a step was under way")
             if self._recovery.is_needed():
+                if self._keeps_graphs:
+                    raise PeerConnectionError("a server of the chain has failed, and graphs with it")
                 await self._recovery.recover(flight.next_number)
             flight.begin()
             self._flight = flight

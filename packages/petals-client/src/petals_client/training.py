@@ -99,7 +99,7 @@ class TrainingRun:
     ) -> tuple[Tensor, TrainingTrace, list[Tensor]]:
         """Compute packed states [N, H]; returns what comes out, its trace, and what went into each server.
 
-        Where no gradients are wanted states go around the ring if that pays; then there is nothing to trace.
+        States go around the ring if that pays; then only what went into the first server is known here.
 
         Raises:
             PetalsError: no chain could do it.
@@ -112,11 +112,21 @@ class TrainingRun:
             num_tokens=min(num_tokens, _PLANNED_PART_TOKENS),
             max_chains=max(1, min(_MAX_CHAINS, num_tokens // part_tokens)),
         )
-        if prompts is None and not self._access.keeps_graphs:
-            around = RingForward(self._swarm, branches, servers, start=start, end=end, adaptation=self._adaptation)
+        if prompts is None:
+            around = RingForward(
+                self._swarm,
+                branches,
+                servers,
+                start=start,
+                end=end,
+                adaptation=self._adaptation,
+                keeps_graphs=self._access.keeps_graphs,
+            )
             output = await around.run(hidden, row_tokens, position_runs)
             if output is not None:
-                return output, TrainingTrace(start=start, end=end, adaptation=self._adaptation), []
+                parts_around = tuple(PartTrace(part=part, legs=legs) for part, legs in around.legs)
+                trace = TrainingTrace(start=start, end=end, adaptation=self._adaptation, parts=parts_around)
+                return output, trace, [_take(hidden, each.part) for each in parts_around]
         max_tokens = self._choose_part_tokens(num_tokens, num_hops=sum(len(branch.chain) for branch in branches))
         parts = split_rows(row_tokens, position_runs, max_tokens)
         results: list[tuple[Tensor, list[tuple[Leg, Tensor]]] | None] = [None] * len(parts)
@@ -151,7 +161,7 @@ class TrainingRun:
             PetalsError: no chain could do it.
         """
         states = iter(inputs)
-        legs_of = [[(leg, next(states)) for leg in each.legs] for each in trace.parts]
+        legs_of = [[(leg, next(states) if leg.has_input else None) for leg in each.legs] for each in trace.parts]
         results: list[GradientsOfPart | None] = [None] * len(trace.parts)
 
         async def run(index: int) -> None:

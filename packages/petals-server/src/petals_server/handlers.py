@@ -35,6 +35,7 @@ from petals_core.wire.messages import (
     OpenTuning,
     SessionOpened,
     Step,
+    graph_id_of,
 )
 from petals_server.comfort.ledger import ServedLedger
 from petals_server.config import ServerLimits
@@ -159,6 +160,9 @@ class RequestHandler:
     async def _serve_session(self, stream: Stream, request: OpenSession, message: Message) -> None:
         deadline_s = time.monotonic() + request.deadline_ms / 1000
         span = await self._find_span(request.fingerprint, request.start, request.end)
+        if request.keeps_graphs:
+            await self._serve_training_session(stream, request, span, deadline_s)
+            return
         reservation = await self.sessions.open(
             stream.peer_id, num_rows=request.num_rows, max_length=request.max_length, deadline_s=deadline_s
         )
@@ -190,6 +194,45 @@ class RequestHandler:
         finally:
             if session is not None:
                 self._engine.close_session(session, session.close)
+            self.sessions.close(reservation)
+
+    async def _serve_training_session(
+        self, stream: Stream, request: OpenSession, span: Span, deadline_s: float
+    ) -> None:
+        """Forwards around the ring whose graphs are kept. A session counts as such, and needs no room in the cache."""
+        if request.tensors:
+            raise InvalidRequestError("sessions whose graphs are kept take no deep prompts: send forwards")
+        reservation = await self.sessions.open(stream.peer_id, num_rows=1, max_length=1, deadline_s=deadline_s)
+
+        async def handle(place: RingSession, step: Step, message: Message, arrived_s: float) -> None:
+            forward = Forward(
+                fingerprint=request.fingerprint,
+                start=request.start,
+                end=request.end,
+                row_tokens=step.row_tokens,
+                tensors=step.tensors[:1],
+                deadline_ms=step.deadline_ms,
+                position_runs=step.position_runs,
+                graph_id=graph_id_of(request.session_id, step.step),
+                active_adapter=request.active_adapter,
+                tuning=request.tuning,
+            )
+            self._check_size(forward)
+            work, results, _ = await self.training.forward(stream.peer_id, forward, message, span, arrived_s=arrived_s)
+            await place.deliver(
+                step,
+                States(spec=results[0].spec, payload=results[0].buffers),
+                queue_us=_microseconds(work.queue_s),
+                compute_us=_microseconds(work.compute_s),
+                deadline_s=arrived_s + step.deadline_ms / 1000,
+            )
+            self._note(stream.peer_id, step, span)
+
+        try:
+            with self.ring.opened(request.session_id, stream, keeps_outputs=False) as place:
+                await stream.send(SessionOpened(cache_tokens_left=self.sessions.cache_tokens_left))
+                await place.run(handle, max_idle_s=self._limits.max_idle_s)
+        finally:
             self.sessions.close(reservation)
 
     async def _serve_step(

@@ -80,12 +80,13 @@ class _Arrival:
 class RingSession:
     """One session: its queue of steps, its place in the chain, and what it has kept. Belongs to one event loop."""
 
-    def __init__(self, table: RingTable, session_id: bytes, stream: Stream) -> None:
+    def __init__(self, table: RingTable, session_id: bytes, stream: Stream, *, keeps_outputs: bool) -> None:
         self.session_id = session_id
         self.applied = -1
         """Number of the last step whose tokens are in the cache."""
         self.kept: StepHistory[States] = StepHistory(table.max_kept_bytes)
         self._table = table
+        self._keeps_outputs = keeps_outputs
         self._stream = stream
         """The client's."""
         self._inbox: asyncio.Queue[_Arrival | tuple[Replay, asyncio.Future[int | None]]] = asyncio.Queue()
@@ -214,7 +215,7 @@ class RingSession:
         self.applied = step.step
         if step.attempt == self._attempt:
             self._computed = step.step
-        is_to_be_kept = not self._is_last
+        is_to_be_kept = self._keeps_outputs and not self._is_last
         try:
             if step.attempt >= self._attempt:  # else the client has begun anew meanwhile, and sends it again
                 await self._send(step, output, queue_us, compute_us, deadline_s)
@@ -392,7 +393,7 @@ class RingTable:
         self._sessions: dict[bytes, RingSession] = {}
 
     @contextlib.contextmanager
-    def opened(self, session_id: bytes, stream: Stream) -> Iterator[RingSession]:
+    def opened(self, session_id: bytes, stream: Stream, *, keeps_outputs: bool = True) -> Iterator[RingSession]:
         """A new session, known by its id while this lasts.
 
         Raises:
@@ -400,7 +401,7 @@ class RingTable:
         """
         if session_id in self._sessions:
             raise InvalidRequestError("there is a session of that id: take a random one")
-        session = self._sessions[session_id] = RingSession(self, session_id, stream)
+        session = self._sessions[session_id] = RingSession(self, session_id, stream, keeps_outputs=keeps_outputs)
         try:
             yield session
         finally:

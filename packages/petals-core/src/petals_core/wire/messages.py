@@ -108,6 +108,14 @@ class OpenSession:
     """The whole name of an adapter that the server announces; None: the model as it is."""
     tuning: bytes | None = ruled(schema.optional(_values_id), default=None)
     """The values of a tuning session of the same peer by which the blocks are changed."""
+    keeps_graphs: bool | None = ruled(schema.optional(schema.boolean), default=None)
+    """Steps are forwards of whole rows, which know nothing of each other and leave no cache: the server may keep the
+    graph of each, under its :func:`graph_id_of`, for a ``Backward`` of the same peer."""
+
+
+def graph_id_of(session_id: bytes, step: int) -> bytes:
+    """The name of the graph that a step of a session leaves on the server whose session that is."""
+    return (int.from_bytes(session_id, "big") ^ (step + 1)).to_bytes(GRAPH_ID_BYTES, "big")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
