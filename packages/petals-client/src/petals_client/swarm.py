@@ -199,7 +199,7 @@ class Swarm:
                 async with asyncio.timeout(_URGENT_S if is_urgent else None):
                     await self.directory.refresh()
             usable = self._allowed(await self.directory.servers(), without, adapter)
-        if not without:
+        if not without and not is_urgent:
             await self.measurements.refresh(usable, start=start, end=end)
             if adapter is None:
                 self.measurements.forget_others(usable.keys())
