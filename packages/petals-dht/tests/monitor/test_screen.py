@@ -49,9 +49,12 @@ def text_of(lines: list[Text]) -> str:
 @pytest.mark.parametrize("is_open", [False, True])
 def test_the_screen_is_exactly_filled(see: See, width: int, height: int, is_open: bool) -> None:
     for view in (many(see), many(see, 3), see()):
-        lines = draw(view, Controls(is_open=is_open), Canvas(width=width, height=height), clock="12:00:00")
-        assert len(lines) == height
-        assert max(cell_len(line.plain) for line in lines) <= width
+        servers = [server.peer_id for model in view.models for server in model.servers] if is_open else []
+        for selected in servers or [None]:
+            controls = Controls(is_open=is_open, selected=selected)
+            lines = draw(view, controls, Canvas(width=width, height=height), clock="12:00:00")
+            assert len(lines) == height
+            assert max(cell_len(line.plain) for line in lines) <= width
 
 
 def test_every_size_has_a_picture_or_a_line(see: See) -> None:

@@ -279,7 +279,7 @@ def _details(server: ServerView, model: ModelView, canvas: Canvas) -> list[Text]
                   f"in {duration_text(server.seen_s)} of watching"),
         ("announced", f"{duration_text(server.age_s)} ago, for {duration_text(server.expires_in_s)} more"),
     ]  # fmt: skip
-    lines = [Text(server.title, style="bold underline")]
+    lines = [_cut(Text(server.title, style="bold underline"), canvas)]
     return lines + [_cut(Text.assemble((label.ljust(11), "dim"), value), canvas) for label, value in fields]
 
 
