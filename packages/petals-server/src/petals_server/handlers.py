@@ -101,7 +101,7 @@ class RequestHandler:
             model=model, engine=engine, limits=limits, max_turn_tokens=self._max_turn_tokens
         )
         self._spans: dict[tuple[int, int], Span] = {(model.span.start, model.span.end): model.span}
-        self._runners: dict[Span, StepRunner] = {}
+        self._runners: dict[Span, StepRunner] = {} if model.runner is None else {model.span: model.runner}
         """Of the spans in ``_spans``."""
 
     async def __call__(self, stream: Stream) -> None:

@@ -74,6 +74,8 @@ class ServedModel:
     """Attends for all rows of a turn at once; None: they take turns."""
     with_replay: bool
     """Whether decode steps are replayed from what was recorded of one."""
+    runner: StepRunner | None
+    """Computes turns of the whole span; it has recorded its first step. None where sessions do not share turns."""
     cache_tokens: int
     """Tokens that the attention caches of all sessions may hold together."""
     state_tokens: int
@@ -170,7 +172,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
     windows = [kind.window for kind in layout.kinds] or [None]
     pages = CachePages(plan_groups(windows, num_tokens=cache_tokens, page_tokens=page_tokens), page_tokens=page_tokens)
     cache = CacheTensors(layout.kinds, pages, dtype=opened.dtype, device=opened.device) if layout.kinds else None
-    kernel, with_replay = None, False
+    kernel, with_replay, runner = None, False, None
     if cache is not None and layout.form is Form.PACKED:
         kernel = find_kernel(layout.kinds, dtype=opened.dtype, device=opened.device, page_tokens=page_tokens)
         plain, replaying = (
@@ -180,6 +182,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
             for with_replay in (False, True)
         )
         with_replay = choose_replay(config.compile, plain, replaying, pages)
+        runner = replaying if with_replay else plain
     return ServedModel(
         name=opened.checkpoint.name,
         fingerprint=opened.fingerprint,
@@ -192,6 +195,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         cache=cache,
         kernel=kernel,
         with_replay=with_replay,
+        runner=runner,
         cache_tokens=cache_tokens,
         state_tokens=cache_cost.state_tokens,
         threads=plan,
