@@ -167,6 +167,22 @@ def test_a_batch_is_carried_where_no_session_is_to_be_had(
     assert_same(outputs, rows, span)
 
 
+def test_a_training_forward_is_carried_where_no_session_is_to_be_had(
+    new_swarm: Any, folder: Path, span: Span, connect: Callable[..., Any]
+) -> None:
+    """Then what went into each server is known, as a failover in the backward wants it."""
+    swarm = new_swarm()
+    for start, end in SPANS:
+        swarm.add(folder, start, end, limits=ServerLimits(max_sessions_per_peer=0))
+    rows = rows_of(*(8,) * 16)
+    output, trace, inputs = connect(swarm, micro_batch_tokens=16, open_timeout_s=0.5).forward_for_training(
+        torch.cat(rows), None, start=0, end=6, row_tokens=(8,) * 16, position_runs=None, keeps_graphs=True
+    )
+    assert all(leg.has_input for part in trace.parts for leg in part.legs)
+    assert len(inputs) == len(SPANS) * len(trace.parts)
+    assert_same(list(output.split(8)), rows, span)
+
+
 def test_a_server_that_hangs_is_replaced(new_swarm: Any, folder: Path, span: Span, connect: Callable[..., Any]) -> None:
     swarm = new_swarm()
     _, hanging, _ = [swarm.add(folder, start, end) for start, end in SPANS]
