@@ -86,6 +86,26 @@ def test_servers_are_replaced_one_after_another(
     assert torch.equal(given, local.generate(tokens, attention_mask=mask, **settings))
 
 
+def test_only_the_lost_blocks_are_computed_again(new_swarm: Any, checkpoints: Any, local: Any) -> None:
+    """Also at a session's first failure: the server before has kept what it passed on."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    first, middle, last = (swarm.add(folder, start, end) for start, end in SPANS)
+    tokens = prompt(8, width=100)
+
+    def swap() -> None:
+        swarm.add(folder, 2, 4)
+        swarm.remove(middle)
+
+    with connect(folder, swarm) as model:
+        given = model.generate(tokens, max_new_tokens=8, stopping_criteria=[At(4, swap)], **GREEDY)
+        swarm.wait_for_sessions(0)
+    assert torch.equal(given, local.generate(tokens, max_new_tokens=8, **GREEDY))
+    once = tokens.shape[1] + 7
+    computed = [server._handler.served.num_tokens for server in (first, swarm.servers[-1], last)]
+    assert computed[0] in (once, once + 1), "the step under way is sent again"
+    assert computed[1:] == [once, once]
+
+
 def test_a_long_prompt_is_interrupted(new_swarm: Any, checkpoints: Any, local: Any) -> None:
     """Parts of a prompt are under way everywhere when servers go, two of them at once."""
     swarm, folder = new_swarm(), checkpoints("llama")

@@ -39,6 +39,11 @@ class Flight:
         return self.first_number + len(self.results)
 
     @property
+    def next_request(self) -> StepRequest:
+        """What that part asks for."""
+        return self.parts[len(self.results)][0]
+
+    @property
     def is_done(self) -> bool:
         return len(self.results) == len(self.parts)
 

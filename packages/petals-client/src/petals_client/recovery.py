@@ -110,8 +110,8 @@ class Recovery:
         self._acknowledged[hop] = number
         self._news.set()
 
-    async def recover(self, before: int) -> None:
-        """Put the chain into the state behind the steps with numbers below ``before``, ready for that one.
+    async def recover(self, flight: Flight) -> None:
+        """Put the chain into the state behind all parts that have come back, ready for the next one of ``flight``.
 
         Raises:
             PetalsError: the request itself is at fault, too little was kept, or there is nobody else.
@@ -132,8 +132,8 @@ class Recovery:
             await self._replace(deadline_s)
             try:
                 await self.connect()
-                if not self._is_disturbed:
-                    await self._rebuild(before)
+                if not self._is_disturbed and flight.next_request.keep:
+                    await self._rebuild(flight.next_number)
             except InterruptedFlight:
                 self._is_disturbed = True
 
@@ -304,6 +304,7 @@ class Recovery:
                 first -= 1
             source = first - 1
             while source >= 0 and not await self._replay(source, last, before):
+                hops[source].is_empty = True  # it computes all anew, with those behind it
                 source -= 1
             if source < 0:
                 await self._replay_inputs(last, before)

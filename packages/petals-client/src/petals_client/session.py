@@ -55,7 +55,7 @@ class HopSession:
         self.error: PetalsError | None = None
         """Why it is of no use any more."""
         self.is_empty = True
-        """It has computed nothing yet, or nothing that counts."""
+        """Its cache is not what the other servers' caches are: nothing was computed there yet, or not all of it."""
         self.is_cut_off = False
         """It can't reach the next server, so that the client carries the states between them."""
         self.stays_until_s = 0.0

@@ -140,7 +140,7 @@ class SwarmSession:
             if self._recovery.is_needed():
                 if self._keeps_graphs:
                     raise PeerConnectionError("a server of the chain has failed, and graphs with it")
-                await self._recovery.recover(flight.next_number)
+                await self._recovery.recover(flight)
             flight.begin()
             self._flight = flight
             try:
@@ -280,6 +280,8 @@ class SwarmSession:
         states = read_states(message, result.tensors, sent.spec)
         before_s = flight.news_s
         trip_s = flight.arrived(states)
+        for hop in self.hops:
+            hop.is_empty = False
         self.history.append(result.step, request, sent, sent.spec.num_bytes)
         self.patience.note(flight.news_s - before_s, is_decode=flight.is_decode)
         self._trips += trace_trip(
