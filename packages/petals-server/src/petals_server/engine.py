@@ -3,6 +3,10 @@
 The event loop adds work to the scheduler under a lock and awaits a future. The device's thread takes a plan under the
 same lock, computes it without, and hands what is complete to the event loop, which encodes and sends it while the
 device is at its next turn. Nothing else touches the model or a cache while a turn is computed.
+
+To wake a thread up costs as much as a few hundred lines of Python, so a session that is alone gets its next token
+without: while the device's thread waits, the event loop computes a step that takes no longer than ``MAX_HERE_S``
+itself, with the lock held.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar, final
+from typing import Final, Generic, TypeVar, final
 
 from petals_core.errors import DeadlineExceededError, DrainingError, OverloadedError, PetalsError, RemoteFailureError
 from petals_core.identity import PeerId
@@ -30,7 +34,13 @@ from petals_server.scheduling.scheduler import Scheduler, Wait
 from petals_server.scheduling.shares import Shares
 
 T = TypeVar("T")
+MAX_HERE_S: Final = 0.01
+"""What a step may take, as observed, that the event loop computes itself: so long it does nothing else."""
 log = logging.getLogger(__name__)
+
+
+Ending = tuple[Request, Exception | None]
+"""Work that is complete, or has failed."""
 
 
 class Work(Request, Generic[T]):
@@ -63,6 +73,11 @@ class Work(Request, Generic[T]):
     @property
     def is_heavy(self) -> bool:
         """Whether :meth:`prepare` and :meth:`result` take so long that the event loop should not do them."""
+        return False
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the event loop may compute this itself, in so far as the work alone decides that."""
         return False
 
     def prepare(self) -> None:
@@ -198,8 +213,13 @@ class Engine:
             with self._lock:
                 if self._is_closed:
                     raise DrainingError("the server is stopping")
-                self._scheduler.add(work, time.monotonic())
-                self._ring()
+                now_s = time.monotonic()
+                may_compute = work.is_quick and self._may_compute_here(work, now_s)
+                self._scheduler.add(work, now_s)
+                finished = self._turn_here(now_s) if may_compute else []
+                if work in self._scheduler:
+                    self._ring()
+            self._settle(finished)
             try:
                 await work._future
             except asyncio.CancelledError:
@@ -212,6 +232,24 @@ class Engine:
         finally:
             self._num_queued -= 1
             self._num_queued_tokens -= work.num_tokens
+
+    def _may_compute_here(self, work: Work[T], now_s: float) -> bool:
+        """Whether nobody but ``work`` wants the device now, or soon; with the lock held."""
+        pace = self._scheduler.pace
+        return (
+            self._is_listening
+            and not self._scheduler
+            and pace.decode_turn_s(1) <= MAX_HERE_S
+            and pace.is_alone(work.session, now_s)
+        )
+
+    def _turn_here(self, now_s: float) -> list[Ending]:
+        """One turn in the event loop, with the lock held; returns what is complete or failed by it."""
+        plan = self._scheduler.plan(now_s)
+        finished = self._failed_to_begin()
+        if isinstance(plan, Plan):
+            finished += self._absorb(plan, self._compute(plan), now_s, time.monotonic())
+        return finished
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` in the device's thread and return its result; what it raises is raised here."""
@@ -248,8 +286,10 @@ class Engine:
         while (plan := self._decide()) is not None:
             started_s = time.monotonic()
             outcome = self._compute(plan)
-            self._absorb(plan, outcome, started_s, time.monotonic())
-            del plan, outcome  # An idle engine must not keep the last request's tensors.
+            with self._lock:
+                finished = self._absorb(plan, outcome, started_s, time.monotonic())
+            self._hand_back(finished)
+            del plan, outcome, finished  # An idle engine must not keep the last request's tensors.
         with contextlib.suppress(RuntimeError):  # The loop may be closed, then nobody waits.
             self._loop.call_soon_threadsafe(self._stopped.set)
 
@@ -266,9 +306,7 @@ class Engine:
                 now_s = time.monotonic()
                 next_s = self._drop_late(now_s)
                 plan = self._scheduler.plan(now_s)
-                if self._scheduler.failures:
-                    failures = list(self._scheduler.failures)
-                    self._scheduler.failures.clear()
+                if failures := self._failed_to_begin():
                     self._hand_back(failures)
                     if isinstance(plan, Wait):
                         continue
@@ -282,7 +320,7 @@ class Engine:
     def _drop_late(self, now_s: float) -> float | None:
         """Give up what is past its deadline; returns the next deadline."""
         next_s: float | None = None
-        late: list[tuple[Request, Exception]] = []
+        late: list[Ending] = []
         for request in self._scheduler.requests:
             if request.deadline_s is None:
                 continue
@@ -338,26 +376,31 @@ class Engine:
         log.error("computing a request of %d tokens failed", request.num_tokens, exc_info=error)
         return RemoteFailureError(f"the server failed to compute the request: {type(error).__name__}")
 
-    def _absorb(self, plan: Plan, outcome: Outcome, started_s: float, ended_s: float) -> None:
-        """Hand back what is complete or failed; the rest stays with the scheduler."""
-        with self._lock:
-            for request, _ in outcome.failures:
-                self._scheduler.remove(request)
-            finished: list[tuple[Request, Exception | None]] = [*outcome.failures]
-            finished += [(work, None) for work in self._scheduler.absorb(plan, ended_s - started_s, ended_s)]
-            if outcome.is_complete:
-                self._scheduler.remove(plan.parts[0].request)
-                finished.append((plan.parts[0].request, None))
-        self._hand_back(finished)
+    def _failed_to_begin(self) -> list[Ending]:
+        """What the last plan could not take up; with the lock held."""
+        failures: list[Ending] = [*self._scheduler.failures]
+        self._scheduler.failures.clear()
+        return failures
 
-    def _hand_back(self, finished: Sequence[tuple[Request, Exception | None]]) -> None:
+    def _absorb(self, plan: Plan, outcome: Outcome, started_s: float, ended_s: float) -> list[Ending]:
+        """What is complete or failed by a turn; the rest stays with the scheduler. With the lock held."""
+        for request, _ in outcome.failures:
+            self._scheduler.remove(request)
+        finished: list[Ending] = [*outcome.failures]
+        finished += [(work, None) for work in self._scheduler.absorb(plan, ended_s - started_s, ended_s)]
+        if outcome.is_complete:
+            self._scheduler.remove(plan.parts[0].request)
+            finished.append((plan.parts[0].request, None))
+        return finished
+
+    def _hand_back(self, finished: Sequence[Ending]) -> None:
         if finished:
             with contextlib.suppress(RuntimeError):  # The loop is closed: nobody is left to be told.
                 self._loop.call_soon_threadsafe(self._settle, finished)
 
     # --- in the event loop --------------------------------------------------------------------------------------------
 
-    def _settle(self, finished: Sequence[tuple[Request, Exception | None]]) -> None:
+    def _settle(self, finished: Sequence[Ending]) -> None:
         for work, error in finished:
             assert isinstance(work, Work)
             future = work._future

@@ -21,6 +21,9 @@ _MAX_MEASURING_S: Final = 1.0
 _NUM_BULK_TOKENS: Final = 32
 _MIN_GAIN: Final = 0.85
 """More threads have to bring a step below this part of its time: they also take cores from everybody else."""
+_applied: int | None = None
+"""What was set last, by whichever thread: torch asks OpenMP, which has one number for each thread, but MKL has one for
+all of them."""
 
 
 def candidates() -> list[int]:
@@ -45,10 +48,12 @@ class ThreadPlan:
     """Measured speed with many tokens at once."""
 
     def apply(self, urgency: Urgency) -> None:
-        """Let the calling thread, which has to be the device's, compute with the number for this kind of work."""
+        """Let the calling thread compute with the number for this kind of work."""
+        global _applied
         number = self.decode if urgency is Urgency.DECODE else self.bulk
-        if torch.get_num_threads() != number:
+        if number != _applied or number != torch.get_num_threads():
             torch.set_num_threads(number)
+            _applied = number
 
 
 @torch.inference_mode()

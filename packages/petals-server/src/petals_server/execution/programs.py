@@ -61,6 +61,10 @@ class StepPrograms:
         """Whether there is, or will be, a program for so many tokens."""
         return not self.is_broken and num_tokens <= MAX_TOKENS
 
+    def holds(self, num_tokens: int) -> bool:
+        """Whether there is a program for so many tokens."""
+        return num_tokens in self._programs
+
     def run(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Compute a turn that :meth:`fits`, under ``inference_mode``.
 

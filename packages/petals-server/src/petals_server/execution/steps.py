@@ -41,7 +41,7 @@ _FEW_TOKENS: Final = 4
 
 
 class StepRunner:
-    """Computes turns of steps of one span. Used in the device's thread."""
+    """Computes turns of steps of one span. Used by one thread at a time."""
 
     def __init__(
         self,
@@ -83,6 +83,16 @@ class StepRunner:
         """Whether turns of few tokens are replayed; False once recording has failed."""
         replay = self._graphs or self._programs
         return replay is not None and not replay.is_broken
+
+    def is_quick(self, num_tokens: int) -> bool:
+        """Whether a turn of so many tokens is a recorded program, computed by the calling thread alone."""
+        programs = self._programs
+        return (
+            programs is not None
+            and num_tokens <= _FEW_TOKENS
+            and self.threads.decode == 1
+            and programs.holds(num_tokens)
+        )
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> None:
@@ -188,6 +198,10 @@ class StepWork(Work[EncodedStates]):
     @property
     def is_heavy(self) -> bool:
         return self._states.is_heavy
+
+    @property
+    def is_quick(self) -> bool:
+        return self.urgency is Urgency.DECODE and self._runner.is_quick(self.num_tokens)
 
     def prepare(self) -> None:
         self.received_TH = self._states.decode()

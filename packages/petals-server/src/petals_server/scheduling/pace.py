@@ -108,6 +108,10 @@ class Pace:
         nearest = min(self._decode_s, key=lambda other: abs(other - key))
         return self._decode_s[nearest]
 
+    def is_alone(self, session: object, now_s: float) -> bool:
+        """Whether no other session decodes."""
+        return all(other is session or now_s - habit.done_s > _DECODING_S for other, habit in self._habits.items())
+
     @property
     def decode_tokens_per_s(self) -> float:
         """Speed of one session as observed, or as measured at start."""
