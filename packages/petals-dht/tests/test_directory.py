@@ -17,7 +17,7 @@ from petals_dht.messages import Ping
 from petals_dht.node import NodeTiming
 from petals_dht.rates import Rate
 from petals_dht.responder import NodeLimits
-from petals_dht.storage import Entry
+from petals_dht.storage import Entry, StorageLimits
 from petals_dht.testing import FINGERPRINT, make_announcement, start_swarm
 
 QUICK = NodeTiming(attempt_timeout_s=0.3)
@@ -383,5 +383,33 @@ def test_an_expired_announcement_is_refused_here_already() -> None:
             with pytest.raises(InvalidAnnouncementError, match="expired"):
                 await swarm[0].announce(make_announcement(now_s=time.time() - 1000))
             assert await swarm[0].announce(make_announcement()) == 1, "alone it keeps its own"
+
+    asyncio.run(main())
+
+
+def test_servers_beyond_what_a_key_holds_are_announced_and_found() -> None:
+    """Nodes that keep few and say that they are full: the next ones go under the keys below, and all are found."""
+
+    async def main() -> None:
+        async with start_swarm(6, storage_limits=StorageLimits(max_entries_per_key=768)) as swarm:
+            crowd = [make_announcement() for _ in range(768)]
+            for directory in swarm:
+                for number, signed in enumerate(crowd):
+                    directory.node.storage.store(
+                        model_key(FINGERPRINT), signed.encoded, source_host=f"192.0.2.{number % 250}", now_s=time.time()
+                    )
+            late = Directory(swarm[0].node, Identity.ephemeral())
+            signed = make_announcement(late.identity, start=7, end=9)
+            assert await late.announce(signed) >= 6
+            below = model_key(FINGERPRINT, late.identity.peer_id.digest.hex()[:1])
+            assert all(each.node.storage.count(below, now_s=time.time()) == 1 for each in swarm)
+            async with await Directory.connect([address_of(swarm[3])]) as client:
+                found = await client.find_servers(FINGERPRINT)
+                assert signed in found
+                assert len(found) >= 768
+                part = await client.find_servers(FINGERPRINT, wanted=1)
+                assert signed in part, "no block of it is held often enough, so all keys are looked at"
+                assert await late.withdraw(signed) >= 6
+                assert signed.peer_id not in {each.peer_id for each in await client.find_servers(FINGERPRINT)}
 
     asyncio.run(main())

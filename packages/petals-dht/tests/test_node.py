@@ -167,7 +167,7 @@ def test_stores_need_the_token_of_their_address() -> None:
         assert isinstance(pong.response, Pong)
         answer = await other.protocol.call_contact(contact, Store(key=KEY, token=pong.response.token, entry=encoded))
         assert answer is not None
-        assert answer.response == Stored(is_kept=True)
+        assert answer.response == Stored(is_kept=True, total=1)
         await node.close()
         await other.close()
 

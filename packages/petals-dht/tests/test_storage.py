@@ -8,7 +8,7 @@ from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import InvalidAnnouncementError
 from petals_core.identity import Identity
 from petals_dht.contacts import MODELS_KEY, model_key
-from petals_dht.storage import FIRST_SLOT, Storage, StorageLimits, slot_of
+from petals_dht.storage import FIRST_SLOT, Storage, StorageLimits, digest_of, slot_of
 from petals_dht.testing import FINGERPRINT, make_announcement
 
 NOW_S = 1_800_000_000.0
@@ -226,3 +226,30 @@ def test_slots() -> None:
     signed = MANY[0]
     assert slot_of(KEY, signed) == signed.peer_id.digest
     assert slot_of(MODELS_KEY, signed) == slot_of(MODELS_KEY, MANY[1])
+
+
+def test_a_part_of_a_key_has_a_digest_of_its_own() -> None:
+    storage = Storage()
+    for signed in MANY:
+        store(storage, signed)
+    slots = sorted(signed.peer_id.digest for signed in MANY)
+    by_slot = {signed.peer_id.digest: signed.encoded for signed in MANY}
+    whole = storage.page(KEY, now_s=NOW_S, max_bytes=0).digest
+    part = storage.page(KEY, now_s=NOW_S, max_bytes=0, after=slots[9], until=slots[29]).digest
+    assert whole == digest_of(by_slot[slot] for slot in slots)
+    assert part == digest_of(by_slot[slot] for slot in slots[10:30])
+    assert storage.page(KEY, now_s=NOW_S, max_bytes=0, after=slots[0]).digest == whole, "too many for each page"
+
+
+def test_keys_below_that_of_a_model_keep_their_peers_only() -> None:
+    storage = Storage()
+    signed = MANY[0]
+    digits = signed.peer_id.digest.hex()
+    for depth in range(4):
+        store(storage, signed, key=model_key(FINGERPRINT, digits[:depth]))
+    other = "0" if digits[0] != "0" else "1"
+    for key in (model_key(FINGERPRINT, other), model_key(FINGERPRINT, digits[:4])):
+        with pytest.raises(InvalidAnnouncementError, match="another key"):
+            store(storage, signed, key=key)
+    assert storage.num_entries == 4
+    assert storage.count(model_key(FINGERPRINT, digits[:2]), now_s=NOW_S) == 1

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from petals_core.addresses import Address
 from petals_core.announcement import Announcement, SignedAnnouncement
-from petals_core.identity import Identity
+from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_ANNOUNCEMENT_BYTES, MAX_NEXT_DELAYS
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
 from petals_core.testing.network import run_clean
+from petals_core.wire.messages import ContributionNoted, InfoRequest
+from petals_dht.testing import make_info
 from petals_server.neighbours import MAX_MEASURED, Neighbours, choose_likely
+from petals_server.placement.view import look
 from petals_server.testing import until
 
 OWN = Identity.ephemeral()
@@ -34,6 +38,12 @@ def announced(start: int, end: int, identity: Identity | None = None, **changes:
         expires_at_s=100.0,
     )
     return SignedAnnouncement.sign(replace(announcement, **changes), identity or Identity.ephemeral())
+
+
+def make_neighbours(
+    find: Callable[[], Awaitable[list[SignedAnnouncement]]], start: int = 2, end: int = 4
+) -> Neighbours:
+    return Neighbours(find, identity=OWN, swarm_key=None, start=start, end=end, hidden_size=64, rng=random.Random(0))
 
 
 def test_who_may_come_next() -> None:
@@ -59,7 +69,7 @@ def test_delays_are_measured_a_few_at_a_time_and_forgotten_with_their_servers() 
         async def find() -> list[SignedAnnouncement]:
             return servers
 
-        neighbours = Neighbours(find, identity=OWN, swarm_key=None, start=2, end=4, rng=random.Random(0))
+        neighbours = make_neighbours(find)
         await neighbours.measure()
         assert len(neighbours.delays) in (MAX_MEASURED - 1, MAX_MEASURED)
         await neighbours.measure()
@@ -98,6 +108,77 @@ def test_servers_announce_them(tmp_path: Path) -> None:
         assert last._describe(1.0, 2.0).next_delays == ()
     finally:
         swarm.close()
+
+
+def test_what_neighbours_time_tells_who_boasts(tmp_path: Path) -> None:
+    """Three servers push to one on a thin line that announces a fast one: for others it counts for less."""
+    from petals_core.testing.factories import make_checkpoint
+    from petals_server.testing import InProcessSwarm
+
+    folder = make_checkpoint(tmp_path / "tiny", "llama", num_blocks=2)
+    swarm = InProcessSwarm()
+    try:
+        boaster = swarm.add(folder, 1, 2, max_upload_bytes_per_s=10_000.0)
+        honest = swarm.add(folder, 1, 2)
+        observers = [swarm.add(folder, 0, 1) for _ in range(3)]
+
+        async def observe() -> None:
+            for server in observers:
+                assert server._neighbours is not None
+                for _ in range(3):  # delays first, and then one server at each look
+                    await server._neighbours.measure()
+                await server.announce()
+
+        async def find() -> dict[PeerId, Announcement]:
+            found = await boaster._directory.find_servers(boaster.model.fingerprint)
+            return {signed.peer_id: signed.announcement for signed in found}
+
+        swarm.run(observe())
+        found = swarm.run(find())
+        for server in observers:
+            seen = dict(found[server.peer_id].observed)
+            assert seen[boaster.peer_id.digest[:8]] < seen[honest.peer_id.digest[:8]]
+        view = look({peer_id.digest: announcement for peer_id, announcement in found.items()}, num_blocks=2)
+        believed = {each.peer_id: each.tokens_per_s for each in view.servers}
+        announced_rate = found[boaster.peer_id].inference_tokens_per_s
+        assert announced_rate is not None
+        assert believed[boaster.peer_id.digest] < 0.7 * announced_rate
+        assert boaster.num_sessions == honest.num_sessions == 0
+    finally:
+        swarm.close()
+
+
+def test_one_that_answers_nonsense_is_not_timed() -> None:
+    """Nor one that takes no session, one that announces no speed, or one that was timed lately."""
+
+    async def run() -> None:
+        asked: list[str] = []
+
+        async def serve(stream: Stream) -> None:
+            request = (await stream.receive(timeout_s=None)).body
+            asked.append(type(request).__name__)
+            if isinstance(request, InfoRequest):
+                await stream.send(make_info(server), end=True)
+            else:
+                await stream.send(ContributionNoted(weight=1.0), end=True)
+
+        identity = Identity.ephemeral()
+        listener = await Listener.start(identity=identity, handler=serve, host="127.0.0.1")
+        address = (Address("127.0.0.1", listener.port),)
+        server = announced(4, 8, identity, addresses=address, inference_tokens_per_s=10.0)
+
+        async def find() -> list[SignedAnnouncement]:
+            return [server]
+
+        neighbours = make_neighbours(find)
+        for _ in range(3):
+            await neighbours.measure()
+        assert asked == ["InfoRequest", "OpenSession"]
+        assert neighbours.percents == ()
+        await neighbours.close()
+        await listener.close()
+
+    run_clean(run())
 
 
 def test_an_announcement_leaves_out_delays_for_which_there_is_no_room() -> None:

@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from petals_client.observation import Observations
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import InvalidRequestError, PetalsError
 from petals_core.identity import Identity, PeerId, receipts_path
@@ -23,6 +22,7 @@ from petals_core.limits import MAX_RECEIPTS_SHOWN
 from petals_core.net.connection import PeerConnection
 from petals_core.net.rpc import call
 from petals_core.net.tasks import BackgroundTasks
+from petals_core.observation import Observations
 from petals_core.receipts import MAX_FILE_BYTES, Receipt, Statement, choose_largest, endorse
 from petals_core.routing.graph import Hop
 from petals_core.wire.frames import Priority

@@ -13,6 +13,7 @@ from petals_core.identity import Identity, PeerId
 from petals_core.routing.graph import describe_blocks, find_gaps
 from petals_dht.directory import Directory
 from petals_dht.overview import ModelSummary, clock_text
+from petals_dht.shards import ENOUGH_SERVERS
 
 _USABLE_STATES = frozenset({"online"})
 _GRACE_S = 1800.0
@@ -140,7 +141,7 @@ class ServerDirectory:
         now_s = self._clock()
         try:
             found = await directory.find_servers(
-                self._fingerprint, now=now_s, timeout_s=self._options.connect_timeout_s
+                self._fingerprint, wanted=ENOUGH_SERVERS, now=now_s, timeout_s=self._options.connect_timeout_s
             )
         except NoPeersError:
             self._is_cut_off = True

@@ -16,7 +16,6 @@ from petals_client.adaptation import choose_servers, explain_missing_adapter
 from petals_client.contribution import ContributionTab
 from petals_client.directory import ServerDirectory
 from petals_client.measuring import Measurements
-from petals_client.observation import MAX_EXCUSE, Observations
 from petals_client.options import ClientOptions
 from petals_client.routing.explanation import Facts, Route, explain_chain
 from petals_client.routing.health import HealthLedger
@@ -25,6 +24,7 @@ from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import Disposition, DrainingError, MissingBlocksError, NoPeersError, PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.net.dialer import Dialer, PeerConnection
+from petals_core.observation import MAX_EXCUSE, Observations
 from petals_core.routing.cost import SESSION_SHARE, estimate_cost
 from petals_core.routing.flow import Branch, split_flow
 from petals_core.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from petals_client.adaptation import Adaptation
 from petals_client.flight import Flight, InterruptedFlight
-from petals_client.observation import unexplained_s
 from petals_client.opening import ChainOpener
 from petals_client.patience import Patience
 from petals_client.recovery import Recovery
@@ -20,6 +19,7 @@ from petals_client.session import BACKLOG_BYTES, HopSession, States, make_step, 
 from petals_client.swarm import Servers, Swarm, explain_failure
 from petals_client.trace import HopTrace, StepTrace, trace_trip
 from petals_core.errors import Disposition, InvalidRequestError, PeerConnectionError, PetalsError, ProtocolError
+from petals_core.observation import unexplained_s
 from petals_core.routing.graph import Chain, Hop
 from petals_core.steps import StepHistory, StepRequest
 from petals_core.tensors.codec import TensorSpec

@@ -18,9 +18,10 @@ MODELS_KEY = hashlib.sha256(b"petals models 1\0").digest()[:ID_BYTES]
 """Where the list of models is kept."""
 
 
-def model_key(fingerprint: str) -> bytes:
-    """Where the announcements of one model are kept."""
-    return hashlib.sha256(b"petals model 1\0" + fingerprint.encode()).digest()[:ID_BYTES]
+def model_key(fingerprint: str, prefix: str = "") -> bytes:
+    """Where the announcements of a model are kept; with a prefix, those of peers whose ids begin with these digits."""
+    below = b"\0" + prefix.encode() if prefix else b""
+    return hashlib.sha256(b"petals model 1\0" + fingerprint.encode() + below).digest()[:ID_BYTES]
 
 
 def node_id(peer_id: PeerId) -> bytes:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import random
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from petals_core.addresses import Address
 from petals_core.announcement import Announcement, SignedAnnouncement
-from petals_core.errors import ConfigurationError, InvalidRequestError
+from petals_core.errors import ConfigurationError, InvalidRequestError, NoPeersError
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_ANNOUNCEMENT_LIFETIME_S
 from petals_core.swarm_key import SwarmKey
 from petals_dht.contacts import MODELS_KEY, Contact, model_key, node_id
 from petals_dht.messages import CheckReachable, Reached
 from petals_dht.node import Node, NodeTiming
+from petals_dht.offering import Kept
 from petals_dht.overview import ModelSummary
 from petals_dht.protocol import Reach
 from petals_dht.responder import NodeLimits
-from petals_dht.storage import StorageLimits
+from petals_dht.shards import DIGITS, MAX_DEPTH, MAX_WHOLE, is_crowded, is_enough, is_sparse, is_split, key_of
+from petals_dht.storage import StorageLimits, wins
 
 _MAX_CHECKERS = 3
 CHECK_TIMEOUT_S = 8.0
@@ -31,6 +34,8 @@ CHECK_TIMEOUT_S = 8.0
 _CHECKERS_PATIENCE_S = 0.25
 """How long at least nodes may take that are to be asked."""
 _LISTING_INTERVAL_S = 240.0
+_LANES = 4
+"""Keys below one key that are read at the same time."""
 _LISTING_LIFETIME_S = 600.0
 """How long a model stays on the list after its last server was heard of, at most."""
 
@@ -62,6 +67,10 @@ class Directory:
         """The same, as it was dated in the end."""
         self._listed_at_s: dict[str, float] = {}
         """When a model was put on the list, by loop time."""
+        self._depths: dict[PeerId, int] = {}
+        """Of the last peer that was announced, how many keys below that of its model are used."""
+        self._digits = random.sample(DIGITS, len(DIGITS))
+        """The order in which parts of a large model's servers are looked at."""
 
     @classmethod
     async def connect(
@@ -179,23 +188,47 @@ class Directory:
             InvalidAnnouncementError: it has expired, say.
             NoPeersError: no other node keeps it, though there should be some.
         """
-        key = model_key(signed.announcement.fingerprint)
         is_own, given_at_s = signed.peer_id == self.identity.peer_id, signed.announcement.issued_at_s
         if is_own and self._given_at_s < given_at_s <= self._issued_at_s:
             signed = self._redated(signed, after_s=self._issued_at_s)
-        kept, _ = await asyncio.gather(
-            self.node.offer(key, signed.encoded, timeout_s=timeout_s), self._list_model(signed, timeout_s=timeout_s)
+        (num_kept, later), _ = await asyncio.gather(
+            self._offer(signed, timeout_s=timeout_s), self._list_model(signed, timeout_s=timeout_s)
         )
         if not is_own:
-            return kept.num_nodes
+            return num_kept
         self._given_at_s = max(self._given_at_s, given_at_s)
         self._issued_at_s = max(self._issued_at_s, signed.announcement.issued_at_s)
-        later_at_s = -math.inf if kept.later is None else kept.later.announcement.issued_at_s
+        later_at_s = -math.inf if later is None else later.announcement.issued_at_s
         if later_at_s <= self._issued_at_s:
-            return kept.num_nodes
+            return num_kept
         signed = self._redated(signed, after_s=later_at_s)
         self._issued_at_s = signed.announcement.issued_at_s
-        return await self.node.store(key, signed.encoded, timeout_s=timeout_s)
+        return (await self._offer(signed, timeout_s=timeout_s))[0]
+
+    async def _offer(self, signed: SignedAnnouncement, *, timeout_s: float) -> tuple[int, SignedAnnouncement | None]:
+        """Offer an announcement under the model's key, and where that is crowded under those below it.
+
+        Returns how many nodes keep it where most do, and the latest one that is kept in its place.
+        """
+        fingerprint, peer_id = signed.announcement.fingerprint, signed.peer_id
+        kept: list[Kept] = []
+
+        async def offer(depth: int) -> Kept:
+            return await self.node.offer(key_of(fingerprint, peer_id, depth), signed.encoded, timeout_s=timeout_s)
+
+        known = self._depths.get(peer_id, 0)
+        kept += await asyncio.gather(*(offer(depth) for depth in range(known + 1)))
+        while is_crowded(kept[-1].total) and len(kept) <= MAX_DEPTH:
+            kept.append(await offer(len(kept)))
+        depth = len(kept) - 1
+        while depth and is_sparse(kept[depth - 1].total):
+            depth -= 1
+        self._depths = {peer_id: depth}
+        num_kept = max(each.num_nodes for each in kept)
+        if not num_kept:
+            raise NoPeersError("no node has room for the announcement: too many come from this address")
+        later = [each.later for each in kept if each.later is not None]
+        return num_kept, max(later, key=lambda each: each.announcement.issued_at_s, default=None)
 
     def _redated(self, signed: SignedAnnouncement, *, after_s: float) -> SignedAnnouncement:
         """The same announcement of this peer as if it had been issued right after ``after_s``."""
@@ -264,22 +297,55 @@ class Directory:
         return await self.announce(SignedAnnouncement.sign(offline, self.identity), timeout_s=timeout_s)
 
     async def find_servers(
-        self, fingerprint: str, *, now: float | None = None, timeout_s: float = 10.0
+        self, fingerprint: str, *, wanted: int | None = None, now: float | None = None, timeout_s: float = 10.0
     ) -> list[SignedAnnouncement]:
         """The live servers of a model: verified announcements, one per peer, none of servers that have left.
 
-        ``now`` is Unix time; by default the directory's clock says.
+        ``wanted``: of a model with many more servers, about so many at random will do, several for each block; this
+        directory then always looks among the same. ``now`` is Unix time; by default the directory's clock says.
 
         Raises:
             NoPeersError: no node of the swarm answers.
         """
         now_s = self.node.clock() if now is None else now
-        found = await self.node.find(model_key(fingerprint), timeout_s=timeout_s)
+        found: dict[PeerId, SignedAnnouncement] = {}
+        await self._find_below(fingerprint, "", found, wanted, timeout_s=timeout_s)
         return [
             signed
-            for signed in found
+            for signed in found.values()
             if signed.announcement.expires_at_s > now_s and signed.announcement.state != "offline"
         ]
+
+    async def _find_below(
+        self,
+        fingerprint: str,
+        prefix: str,
+        found: dict[PeerId, SignedAnnouncement],
+        wanted: int | None,
+        *,
+        timeout_s: float,
+    ) -> None:
+        """Find servers whose peer ids begin with ``prefix``."""
+        may_go_deeper = len(prefix) < MAX_DEPTH
+        findings = await self.node.find(
+            model_key(fingerprint, prefix),
+            max_total=MAX_WHOLE if wanted is not None and may_go_deeper else None,
+            timeout_s=timeout_s,
+        )
+        for signed in findings.announcements:
+            known = found.get(signed.peer_id)
+            if known is None or wins(signed, known):
+                found[signed.peer_id] = signed
+        if not may_go_deeper or not is_split(findings.total):
+            return
+
+        async def descend(digits: Iterable[str]) -> None:
+            for digit in digits:
+                if wanted is None or not is_enough(found.values(), wanted):
+                    await self._find_below(fingerprint, prefix + digit, found, wanted, timeout_s=timeout_s)
+
+        lanes = _LANES if wanted is None else 1
+        await asyncio.gather(*(descend(self._digits[lane::lanes]) for lane in range(lanes)))
 
     async def list_models(self, *, now: float | None = None, timeout_s: float = 10.0) -> list[ModelSummary]:
         """The models that servers have announced, by name; their last server may have left since.
@@ -288,7 +354,8 @@ class Directory:
             NoPeersError: no node of the swarm answers.
         """
         now_s = self.node.clock() if now is None else now
-        announcements = [signed.announcement for signed in await self.node.find(MODELS_KEY, timeout_s=timeout_s)]
+        findings = await self.node.find(MODELS_KEY, timeout_s=timeout_s)
+        announcements = [signed.announcement for signed in findings.announcements]
         return sorted(
             ModelSummary(entry.model_name, entry.fingerprint, entry.num_blocks, entry.expires_at_s)
             for entry in announcements

@@ -74,7 +74,8 @@ class Found:
     total: int = ruled(schema.integer(0, 1 << 20))
     """Entries under the key, on all pages."""
     digest: bytes = ruled(schema.binary(DIGEST_BYTES, DIGEST_BYTES))
-    """Equal for nodes that keep the same entries under the key, so that only one of them needs be read."""
+    """Of the entries that were asked for, where these are at most 64; else of all. Where it is that of what others
+    gave, nothing needs be read here."""
     next: bytes | None = ruled(schema.optional(_slot), default=None)
     """Where the next page starts; None: this was the last one."""
     contacts_4: bytes = ruled(_packed, default=b"")
@@ -98,6 +99,8 @@ class Stored:
     reason: str = ruled(_reason, default="")
     later: bytes | None = ruled(schema.optional(schema.binary(1, MAX_ANNOUNCEMENT_BYTES)), default=None)
     """The announcement that is kept instead because it was issued later."""
+    total: int = ruled(schema.integer(0, 1 << 20), default=0)
+    """Entries under the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

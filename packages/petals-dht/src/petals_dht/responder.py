@@ -115,5 +115,6 @@ class Responder:
             self._storage.store(request.key, request.entry, source_host=source.host, now_s=now_s)
             later = self._storage.later(request.key, request.entry, now_s=now_s)
         except InvalidAnnouncementError as error:
-            return Stored(is_kept=False, reason=error.message[:200])
-        return Stored(is_kept=True, later=later)
+            total = self._storage.count(request.key, now_s=now_s)
+            return Stored(is_kept=False, reason=error.message[:200], total=total)
+        return Stored(is_kept=True, later=later, total=self._storage.count(request.key, now_s=now_s))

@@ -1,6 +1,6 @@
 """What a node keeps for others: signed announcements, merged, expiring and bounded.
 
-A key holds slots. Under a model's key there is one slot per peer, and the announcement that was issued later wins; a
+A key holds slots. Under a key of a model there is one slot per peer, and the announcement that was issued later wins; a
 server that has left says so with an announcement in state "offline", which stays until it expires so that no older one
 comes back. Under the key of the list of models there is one slot per model (name, fingerprint and number of blocks)
 with any server's announcement as proof; so nobody can replace the entry of another model.
@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from petals_core.announcement import Announcement, SignedAnnouncement
 from petals_core.errors import InvalidAnnouncementError
 from petals_core.limits import MIB
-from petals_dht.contacts import MODELS_KEY, model_key, source_group
+from petals_dht.contacts import MODELS_KEY, source_group
 from petals_dht.messages import DIGEST_BYTES, SLOT_BYTES
+from petals_dht.shards import keys_of
 from petals_dht.verification import Verifier
 
 FIRST_SLOT = bytes(SLOT_BYTES)
@@ -26,6 +27,8 @@ LAST_SLOT = b"\xff" * SLOT_BYTES
 _NO_ROOM = "no room for more announcements from this address"
 _FRAMING_BYTES = 3
 """What msgpack adds to an entry in a page."""
+_MAX_DIGESTED = 64
+"""Entries whose digest is made for a single page."""
 _ENTRY_OVERHEAD_BYTES = 1024
 """What an entry takes in memory besides its encoded form, about."""
 
@@ -48,7 +51,7 @@ class Page:
     total: int
     """Live entries under the key."""
     digest: bytes
-    """Of all live entries under the key."""
+    """Of all live entries in the slots that were asked for, where these are few; else of all under the key."""
     next: bytes | None
     """The slot to go on behind; None if this was the last page."""
 
@@ -93,8 +96,8 @@ def slot_of(key: bytes, signed: SignedAnnouncement) -> bytes:
         if announcement.state == "offline":
             raise InvalidAnnouncementError("the list of models keeps no servers that are offline")
         return _model_slot(announcement)
-    if key != model_key(announcement.fingerprint):
-        raise InvalidAnnouncementError("the announcement is of another model than its key")
+    if key not in keys_of(announcement.fingerprint, signed.peer_id):
+        raise InvalidAnnouncementError("the announcement belongs under another key")
     return signed.peer_id.digest
 
 
@@ -153,6 +156,11 @@ class Storage:
         entry = None if shelf is None else shelf.entries.get(slot_of(key, self._verifier.decode(encoded, now_s=now_s)))
         return None if entry is None or entry.signed.encoded == encoded else entry.signed.encoded
 
+    def count(self, key: bytes, *, now_s: float) -> int:
+        """How many live entries a key has."""
+        shelf = self._live_shelf(key, now_s)
+        return 0 if shelf is None else len(shelf.slots)
+
     def announcements(self, key: bytes, *, now_s: float) -> list[SignedAnnouncement]:
         """All live entries of a key, those of servers that have left too."""
         shelf = self._live_shelf(key, now_s)
@@ -170,11 +178,14 @@ class Storage:
         """The first entries in slots behind ``after`` and up to ``until`` whose sizes sum up to ``max_bytes``."""
         shelf = self._live_shelf(key, now_s)
         if shelf is None:
-            return Page((), 0, _digest(()), None)
+            return Page((), 0, digest_of(()), None)
         if shelf.digest is None:
-            shelf.digest = _digest(shelf.entries[slot].signed.encoded for slot in shelf.slots)
+            shelf.digest = digest_of(shelf.entries[slot].signed.encoded for slot in shelf.slots)
         first = bisect.bisect_right(shelf.slots, after)
         end = bisect.bisect_right(shelf.slots, until)
+        digest = shelf.digest
+        if len(shelf.slots) - (end - first) > 0 and end - first <= _MAX_DIGESTED:
+            digest = digest_of(shelf.entries[slot].signed.encoded for slot in shelf.slots[first:end])
         entries: list[bytes] = []
         position = first
         while position < end:
@@ -185,7 +196,7 @@ class Storage:
             entries.append(encoded)
             position += 1
         next_slot = None if position >= end else (shelf.slots[position - 1] if position > first else after)
-        return Page(tuple(entries), len(shelf.slots), shelf.digest, next_slot)
+        return Page(tuple(entries), len(shelf.slots), digest, next_slot)
 
     def sweep(self, *, now_s: float) -> None:
         """Drop everything that has expired."""
@@ -250,7 +261,8 @@ def _who_gives_way(use: Counter[str], newcomer: str) -> str:
     return source
 
 
-def _digest(entries: Iterable[bytes]) -> bytes:
+def digest_of(entries: Iterable[bytes]) -> bytes:
+    """What stands for entries in the order of their slots."""
     content = hashlib.sha256()
     for encoded in entries:
         content.update(len(encoded).to_bytes(4, "big") + encoded)

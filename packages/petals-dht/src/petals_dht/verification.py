@@ -16,7 +16,7 @@ class Verifier:
     A client that looks up the same servers every few seconds so pays only for what is new.
     """
 
-    def __init__(self, *, max_remembered: int = 4096) -> None:
+    def __init__(self, *, max_remembered: int = 16384) -> None:
         self._max_remembered = max_remembered
         self._authentic: OrderedDict[bytes, SignedAnnouncement] = OrderedDict()
 

@@ -1,4 +1,4 @@
-"""How far it is from this server to those that are likely to come next in a chain.
+"""How far it is from this server to those that are likely to come next in a chain, and how fast they are.
 
 Belongs to one event loop.
 """
@@ -17,7 +17,9 @@ from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_NEXT_DELAYS
 from petals_core.net.dialer import Dialer
 from petals_core.net.tasks import BackgroundTasks
+from petals_core.observation import Observations
 from petals_core.swarm_key import SwarmKey
+from petals_server.trial import try_decoding
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ MAX_MEASURED: Final = 8
 """Servers that are measured at one look."""
 MAX_KNOWN: Final = 64
 """Servers whose delays are remembered."""
+TRIAL_INTERVAL_S: Final = 300.0
+"""At least so long a server that was timed is left alone; at each look one is timed."""
 _TIMEOUT_S: Final = 3.0
 _JITTER: Final = 0.2
 
@@ -36,7 +40,8 @@ _JITTER: Final = 0.2
 class Neighbours:
     """Measures one-way delays to servers that hold the block behind this server's last one.
 
-    ``delays`` are the shortest, for the announcement: half of the round trip that a connection's hello took.
+    ``delays`` are the shortest, for the announcement: half of the round trip that a connection's hello took. From the
+    second look on, one of them at a time computes a few tokens, which shows what its announced speed is worth.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Neighbours:
         swarm_key: SwarmKey | None,
         start: int,
         end: int,
+        hidden_size: int,
         rng: random.Random,
     ) -> None:
         self.delays: tuple[tuple[bytes, float], ...] = ()
@@ -56,7 +62,10 @@ class Neighbours:
         self._swarm_key = swarm_key
         self._start = start
         self._end = end
+        self._hidden_size = hidden_size
         self._rng = rng
+        self._observations = Observations()
+        self._tried_at_s: dict[PeerId, float] = {}
         self._measured: dict[PeerId, tuple[float, float]] = {}
         """Delay and when it was measured."""
         self._tasks = BackgroundTasks()
@@ -71,6 +80,11 @@ class Neighbours:
         self._measured.clear()
         self.delays = ()
 
+    @property
+    def percents(self) -> tuple[tuple[bytes, int], ...]:
+        """Percent of the announced speed that servers reached when they were timed, by the beginnings of their ids."""
+        return self._observations.percents()
+
     async def close(self) -> None:
         """Measure no more."""
         await self._tasks.close()
@@ -83,6 +97,7 @@ class Neighbours:
         for peer_id in self._measured.keys() - present:
             del self._measured[peer_id]
         now_s = asyncio.get_running_loop().time()
+        await self._try_one([signed for signed in candidates if signed.peer_id in self._measured], now_s)
         due = [
             signed
             for signed in candidates
@@ -114,6 +129,30 @@ class Neighbours:
         try:
             for signed in servers:  # one after another: handshakes that compete would measure each other
                 await meet(signed)
+        finally:
+            await dialer.close()
+
+    async def _try_one(self, servers: Sequence[SignedAnnouncement], now_s: float) -> None:
+        """Time one of those that were not timed lately."""
+        self._tried_at_s = {
+            peer_id: at_s for peer_id, at_s in self._tried_at_s.items() if now_s < at_s + TRIAL_INTERVAL_S
+        }
+        due = [
+            signed
+            for signed in servers
+            if signed.announcement.inference_tokens_per_s and signed.peer_id not in self._tried_at_s
+        ]
+        if not due:
+            return
+        signed = self._rng.choice(due)
+        self._tried_at_s[signed.peer_id] = now_s
+        dialer = Dialer(identity=self._identity, swarm_key=self._swarm_key, connect_timeout_s=_TIMEOUT_S)
+        try:
+            connection = await dialer.connect(signed.announcement.addresses, peer_id=signed.peer_id)
+            for timing in await try_decoding(connection, signed.announcement, hidden_size=self._hidden_size):
+                self._observations.note(signed.peer_id, expected_s=timing.expected_s, took_s=timing.took_s)
+        except PetalsError as error:
+            log.debug("server %s could not be timed: %s", signed.peer_id.short, error.message)
         finally:
             await dialer.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
@@ -22,6 +23,7 @@ from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
 from petals_core.wire.throttle import Throttle
 from petals_dht.directory import Directory
+from petals_dht.shards import ENOUGH_SERVERS
 from petals_server.announcer import ANNOUNCE_TIMEOUT_S, Announcer
 from petals_server.balancer import Balancer
 from petals_server.comfort.guest import Guest, Served
@@ -35,7 +37,7 @@ from petals_server.entrance import choose_host, open_entrance
 from petals_server.first_span import first_span
 from petals_server.neighbours import Neighbours
 from petals_server.placement.moves import Move, MoveCost, MoveRules
-from petals_server.placement.observation import Votes
+from petals_server.placement.observation import Votes, lower_votes
 from petals_server.placement.offers import Ability
 from petals_server.speed import Speed, Speedometer
 from petals_server.status import ServerRecord
@@ -241,11 +243,12 @@ class Server:
         """Tell the swarm, and do all that goes on in the background."""
         assert self._announcer is not None
         self._neighbours = Neighbours(
-            lambda: self._directory.find_servers(self._opened.fingerprint),
+            lambda: self._directory.find_servers(self._opened.fingerprint, wanted=ENOUGH_SERVERS),
             identity=self._identity,
             swarm_key=self.config.swarm_key,
             start=self._span[0],
             end=self._span[1],
+            hidden_size=self.model.span.hidden_size,
             rng=random.Random(),
         )
         self._resources.push_async_callback(self._neighbours.close)
@@ -318,8 +321,9 @@ class Server:
         return MoveCost(fixed_s=timing.drain_s / 2, new_block_s=self._load_s / (self._span[1] - self._span[0]))
 
     def votes(self) -> Votes:
-        """What clients observed of other servers."""
-        return self._desk.votes
+        """What clients observed of other servers, and what was timed of those that may come next."""
+        timed = () if self._neighbours is None else self._neighbours.percents
+        return dict(lower_votes(self._desk.votes, {beginning: percent / 100 for beginning, percent in timed}))
 
     async def move(self, move: Move) -> None:
         """Hold other blocks: drain, unload, load, announce. Where they can't be loaded, hold the old ones again."""
@@ -479,7 +483,8 @@ class Server:
             next_delays=() if self._neighbours is None else self._neighbours.delays,
             intent=None if intent is None else (intent.start, intent.end),
             observed=tuple(
-                (beginning, min(100, round(100 * share))) for beginning, share in self._desk.observed()[:MAX_OBSERVED]
+                (beginning, min(100, round(100 * share)))
+                for beginning, share in itertools.islice(self.votes().items(), MAX_OBSERVED)
             ),
             intent_at_s=None if intent is None else intent.issued_at_s,
             **facts,

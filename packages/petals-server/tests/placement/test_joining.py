@@ -1,7 +1,7 @@
 from petals_server.placement.coverage import Coverage, Placed
 from petals_server.placement.intents import Intent
 from petals_server.placement.joining import choose_together
-from petals_server.placement.observation import MIN_TRUST, trust
+from petals_server.placement.observation import MIN_TRUST, lower_votes, trust
 from petals_server.placement.offers import Ability
 
 
@@ -38,3 +38,9 @@ def test_a_few_observers_condemn_nobody_and_friends_of_a_liar_gain_nothing() -> 
     honest, lying = [0.1, 0.12, 0.09, 0.11, 0.1, 0.1], [1.0, 1.0]
     assert trust(honest + lying) <= 0.12
     assert trust([0.0] * 9) == MIN_TRUST
+
+
+def test_of_two_sources_the_worse_counts() -> None:
+    clients, timed = {b"a" * 8: 0.5, b"b" * 8: 0.9}, {b"a" * 8: 1.0, b"b" * 8: 0.2, b"c" * 8: 0.7}
+    assert lower_votes(clients, timed) == [(b"b" * 8, 0.2), (b"a" * 8, 0.5), (b"c" * 8, 0.7)]
+    assert lower_votes({}, {}) == []

@@ -45,3 +45,14 @@ def collect_votes(announcements: Mapping[bytes, Announcement], own: Votes) -> di
                 if len(heard) < _MAX_VOTES:
                     heard.append(percent / 100)
     return votes
+
+
+def lower_votes(seen_by_clients: Votes, timed: Votes) -> list[tuple[bytes, float]]:
+    """What one server says of others, the worst first: the lower of what its clients saw and what it timed itself.
+
+    So who hurries when another server looks gains nothing, and neither does who invents clients that praise it.
+    """
+    lower = dict(seen_by_clients)
+    for beginning, share in timed.items():
+        lower[beginning] = min(share, lower.get(beginning, share))
+    return sorted(lower.items(), key=lambda vote: (vote[1], vote[0]))

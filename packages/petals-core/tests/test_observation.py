@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_client.observation import MIN_REQUESTS, SLACK_S, WINDOW, Observations, unexplained_s
 from petals_core.announcement import OBSERVED_ID_BYTES
 from petals_core.identity import PeerId
+from petals_core.observation import MIN_REQUESTS, SLACK_S, WINDOW, Observations, unexplained_s
 
 SERVER = PeerId(bytes(range(32)))
 times = st.floats(0.001, 10.0)

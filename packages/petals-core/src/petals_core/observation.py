@@ -1,4 +1,4 @@
-"""What a client sees of servers' speed, as a part of what they announce."""
+"""What others see of servers' speed, as a part of what these announce."""
 
 from __future__ import annotations
 
