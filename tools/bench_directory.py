@@ -2,6 +2,7 @@
 
     python tools/bench_directory.py --nodes 300 --servers 100
     python tools/bench_directory.py --nodes 1000 --servers 10000 --models 100 --leave --hostile
+    python tools/bench_directory.py --nodes 300 --servers 10000 --models 1 --clients 3
 
 Every node joins by the first one, servers announce their models, and then new clients join by any node and look one
 model up, one after the other. ``--leave`` closes half of the nodes at once and looks up again; ``--hostile`` throws
@@ -37,6 +38,7 @@ from petals_dht.messages import Store
 from petals_dht.node import Node
 from petals_dht.rates import Rate
 from petals_dht.responder import NodeLimits
+from petals_dht.shards import ENOUGH_SERVERS
 from petals_dht.sockets import bind_udp
 from petals_dht.storage import StorageLimits
 from petals_dht.testing import make_announcement, start_swarm
@@ -57,7 +59,9 @@ class LookUp:
     join_s: float
     first_s: float
     again_s: float
+    part_s: float
     num_found: int
+    num_part: int
 
 
 def fingerprint(model: int) -> str:
@@ -71,11 +75,15 @@ async def look_up(peer: Address, swarm_key: SwarmKey | None, wanted: str) -> Loo
         found = await client.find_servers(wanted)
         found_at_s = time.perf_counter()
         await client.find_servers(wanted)
+        found_again_at_s = time.perf_counter()
+        part = await client.find_servers(wanted, wanted=ENOUGH_SERVERS)
         return LookUp(
             join_s=joined_at_s - started_at_s,
             first_s=found_at_s - joined_at_s,
-            again_s=time.perf_counter() - found_at_s,
+            again_s=found_again_at_s - found_at_s,
+            part_s=time.perf_counter() - found_again_at_s,
             num_found=len(found),
+            num_part=len(part),
         )
 
 
@@ -147,6 +155,13 @@ class Bench:
         for name, what in (("join_s", "join"), ("first_s", "first look-up"), ("again_s", "second look-up")):
             times = sorted(getattr(result, name) * 1e3 for result in results)
             print(f"{title}: {what:14} median {statistics.median(times):7.1f} ms, slowest {times[-1]:7.1f} ms")
+        if self.options.servers > ENOUGH_SERVERS * self.options.models:
+            fewest = min(result.num_part for result in results)
+            times = sorted(result.part_s * 1e3 for result in results)
+            print(
+                f"{title}: what a client reads median {statistics.median(times):.1f} ms, slowest {times[-1]:.1f} ms; "
+                f"at least {fewest} servers"
+            )
         true = [len(range(model, self.options.servers, self.options.models)) for model in wanted]
         missed = sum(expected - result.num_found for expected, result in zip(true, results, strict=True))
         print(f"{title}: {sum(result.num_found for result in results)} found, {missed} missed")

@@ -69,7 +69,7 @@ def test_stores_are_limited_per_source() -> None:
         for at_s in (0.0, 0.1, 1.2)
     ]
     refusal = Stored(is_kept=False, reason="too many announcements from this address")
-    assert outcomes == [Stored(is_kept=True), refusal, Stored(is_kept=True)]
+    assert outcomes == [Stored(is_kept=True, total=1), refusal, Stored(is_kept=True, total=2)]
     assert storage.num_entries == 2
     forged = make_announcement(now_s=NOW_S).encoded.replace(b"test-model", b"best-model")
     outcome = responder.answer(SOURCE, Store(key=KEY, token=pong.token, entry=forged), now_s=NOW_S, at_s=10)

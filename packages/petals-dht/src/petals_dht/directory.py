@@ -309,7 +309,8 @@ class Directory:
         """
         now_s = self.node.clock() if now is None else now
         found: dict[PeerId, SignedAnnouncement] = {}
-        await self._find_below(fingerprint, "", found, wanted, timeout_s=timeout_s)
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        await self._find_below(fingerprint, "", found, wanted, deadline_s=deadline_s)
         return [
             signed
             for signed in found.values()
@@ -323,14 +324,14 @@ class Directory:
         found: dict[PeerId, SignedAnnouncement],
         wanted: int | None,
         *,
-        timeout_s: float,
+        deadline_s: float,
     ) -> None:
         """Find servers whose peer ids begin with ``prefix``."""
         may_go_deeper = len(prefix) < MAX_DEPTH
         findings = await self.node.find(
             model_key(fingerprint, prefix),
             max_total=MAX_WHOLE if wanted is not None and may_go_deeper else None,
-            timeout_s=timeout_s,
+            timeout_s=max(0.0, deadline_s - asyncio.get_running_loop().time()),
         )
         for signed in findings.announcements:
             known = found.get(signed.peer_id)
@@ -341,8 +342,9 @@ class Directory:
 
         async def descend(digits: Iterable[str]) -> None:
             for digit in digits:
-                if wanted is None or not is_enough(found.values(), wanted):
-                    await self._find_below(fingerprint, prefix + digit, found, wanted, timeout_s=timeout_s)
+                is_late = asyncio.get_running_loop().time() >= deadline_s
+                if not is_late and (wanted is None or not is_enough(found.values(), wanted)):
+                    await self._find_below(fingerprint, prefix + digit, found, wanted, deadline_s=deadline_s)
 
         lanes = _LANES if wanted is None else 1
         await asyncio.gather(*(descend(self._digits[lane::lanes]) for lane in range(lanes)))

@@ -18,11 +18,11 @@ from petals_dht.monitor.figures import (
 
 
 def test_sparklines() -> None:
-    assert sparkline([0, 1, 7], 10, UNICODE) == "▁▂█"
+    assert sparkline([0, 1, 7], 10, UNICODE) == "▁▂▇"
     assert sparkline([0.0, 0.0], 10, UNICODE) == "▁▁"
     assert sparkline([5, 5, 1, 1], 2, ASCII) == "#."
     assert sparkline([], 10, UNICODE) == sparkline([1], 0, UNICODE) == ""
-    assert sparkline([0, 0.001, 100], 3, UNICODE) == "▁▂█"
+    assert sparkline([0, 0.001, 100], 3, UNICODE) == "▁▂▇"
 
 
 @given(st.lists(st.floats(0, 1e12), max_size=300), st.integers(1, 80))

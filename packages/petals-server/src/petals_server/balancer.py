@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 MAX_ASKED: Final = 16
 """Servers that are asked at one look whether they answer."""
 _ASK_TIMEOUT_S: Final = 2.0
+_FIND_TIMEOUT_S: Final = 30.0
+"""For all servers of a model, which may be ten thousand; nothing waits for it but a move."""
 _PROPOSAL_SHARE: Final = 0.5
 """Of the time to settle, that announcing may take; looking took some before."""
 
@@ -227,7 +229,7 @@ class Balancer:
     # --- looking ------------------------------------------------------------------------------------------------------
 
     async def _find(self) -> dict[PeerId, SignedAnnouncement]:
-        servers = await self._directory.find_servers(self._fingerprint)
+        servers = await self._directory.find_servers(self._fingerprint, timeout_s=_FIND_TIMEOUT_S)
         return {signed.peer_id: signed for signed in servers if signed.peer_id != self._identity.peer_id}
 
     def _weigh(self, found: dict[PeerId, SignedAnnouncement], staying: Collection[bytes] = ()) -> View:

@@ -13,7 +13,8 @@ class Glyphs:
 
     dark: str = "·"
     held: str = "▄"
-    levels: str = "▁▂▃▄▅▆▇█"
+    levels: str = "▁▂▃▄▅▆▇"
+    """Without the full block, which would close the gap to the row above."""
     arrow: str = "→"
     dot: str = "·"
     up: str = "▲"
