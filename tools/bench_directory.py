@@ -48,6 +48,7 @@ _REFRESH_S = 40.0
 """How often servers announce themselves."""
 _BURST = 50
 _LIFETIME_S = 1700.0
+_LOOK_UP_TIMEOUT_S = 60.0
 _SHORT_LIFETIME_S = 20.0
 _NO_LIMIT = Rate(per_s=1e9, burst=1e9)
 
@@ -72,9 +73,9 @@ async def look_up(peer: Address, swarm_key: SwarmKey | None, wanted: str) -> Loo
     started_at_s = time.perf_counter()
     async with await Directory.connect([peer], swarm_key=swarm_key) as client:
         joined_at_s = time.perf_counter()
-        found = await client.find_servers(wanted)
+        found = await client.find_servers(wanted, timeout_s=_LOOK_UP_TIMEOUT_S)
         found_at_s = time.perf_counter()
-        await client.find_servers(wanted)
+        await client.find_servers(wanted, timeout_s=_LOOK_UP_TIMEOUT_S)
         found_again_at_s = time.perf_counter()
         part = await client.find_servers(wanted, wanted=ENOUGH_SERVERS)
         return LookUp(
