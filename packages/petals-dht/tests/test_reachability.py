@@ -6,9 +6,9 @@ from petals_core.addresses import Address
 from petals_core.identity import Identity, PeerId
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
-from petals_dht.directory import CHECK_TIMEOUT_S, Directory, Reachability
+from petals_dht.directory import Directory
 from petals_dht.rates import Rate
-from petals_dht.reachability import dial_back
+from petals_dht.reachability import CHECK_TIMEOUT_S, Reachability, dial_back
 from petals_dht.responder import NodeLimits
 from petals_dht.testing import start_swarm
 

@@ -9,7 +9,6 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from petals_core.addresses import Address
@@ -18,38 +17,21 @@ from petals_core.errors import ConfigurationError, InvalidRequestError, NoPeersE
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_ANNOUNCEMENT_LIFETIME_S
 from petals_core.swarm_key import SwarmKey
-from petals_dht.contacts import MODELS_KEY, Contact, model_key, node_id
-from petals_dht.messages import CheckReachable, Reached
+from petals_dht.contacts import MODELS_KEY, Contact, model_key
 from petals_dht.node import Node, NodeTiming
 from petals_dht.offering import Kept
 from petals_dht.overview import ModelSummary
 from petals_dht.protocol import Reach
+from petals_dht.reachability import Reachability, check_reachable
 from petals_dht.responder import NodeLimits
 from petals_dht.shards import DIGITS, MAX_DEPTH, MAX_WHOLE, is_crowded, is_enough, is_sparse, is_split, key_of
 from petals_dht.storage import StorageLimits, wins
 
-_MAX_CHECKERS = 3
-CHECK_TIMEOUT_S = 8.0
-"""For a peer to see whether it can connect to another one."""
-_CHECKERS_PATIENCE_S = 0.25
-"""How long at least nodes may take that are to be asked."""
 _LISTING_INTERVAL_S = 240.0
 _LANES = 4
 """Keys below one key that are read at the same time."""
 _LISTING_LIFETIME_S = 600.0
 """How long a model stays on the list after its last server was heard of, at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reachability:
-    """What other peers say about this one."""
-
-    observed_host: str | None
-    """Where our datagrams come from, as others see it."""
-    is_reachable: bool | None
-    """Whether somebody could connect to the port; None if nobody could be asked."""
-    reason: str
-    """Why not, in one line; empty if reachable."""
 
 
 class Directory:
@@ -369,34 +351,4 @@ class Directory:
 
         The first that could decides. Nobody is waited for longer than 8 s.
         """
-        nearest = await self.node.nearest_nodes(node_id(peer_id), min_patience_s=_CHECKERS_PATIENCE_S)
-
-        async def ask(contact: Contact, token: bytes) -> Reached | None:
-            answer = await self.node.protocol.call(
-                contact.address,
-                CheckReachable(token=token, port=port, peer_id=peer_id.digest),
-                destination=contact.id,
-                timeout_s=CHECK_TIMEOUT_S,
-                num_attempts=1,
-            )
-            return answer.response if answer is not None and isinstance(answer.response, Reached) else None
-
-        answers: list[Reached] = []
-        asking = [asyncio.create_task(ask(contact, token)) for contact, token in nearest[:_MAX_CHECKERS]]
-        try:
-            for coming in asyncio.as_completed(asking):
-                answer = await coming
-                if answer is None:
-                    continue
-                if answer.is_reachable:
-                    return Reachability(self.observed_host(), True, "")
-                answers.append(answer)
-        finally:
-            for task in asking:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
-        observed = self.observed_host()
-        tried = [answer for answer in answers if answer.is_reachable is not None]
-        if tried:
-            return Reachability(observed, False, tried[0].reason)
-        return Reachability(observed, None, answers[0].reason if answers else "no other peer could be asked")
+        return await check_reachable(self.node, port, peer_id)
