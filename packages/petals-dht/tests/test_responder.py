@@ -73,4 +73,4 @@ def test_stores_are_limited_per_source() -> None:
     assert storage.num_entries == 2
     forged = make_announcement(now_s=NOW_S).encoded.replace(b"test-model", b"best-model")
     outcome = responder.answer(SOURCE, Store(key=KEY, token=pong.token, entry=forged), now_s=NOW_S, at_s=10)
-    assert outcome == Stored(is_kept=False, reason="the announcement's signature is not by its key")
+    assert outcome == Stored(is_kept=False, reason="the announcement's signature is not by its key", total=2)

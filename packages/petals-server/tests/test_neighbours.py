@@ -115,10 +115,10 @@ def test_what_neighbours_time_tells_who_boasts(tmp_path: Path) -> None:
     from petals_core.testing.factories import make_checkpoint
     from petals_server.testing import InProcessSwarm
 
-    folder = make_checkpoint(tmp_path / "tiny", "llama", num_blocks=2)
+    folder = make_checkpoint(tmp_path / "wide", "llama", num_blocks=2, hidden_size=512)
     swarm = InProcessSwarm()
     try:
-        boaster = swarm.add(folder, 1, 2, max_upload_bytes_per_s=10_000.0)
+        boaster = swarm.add(folder, 1, 2, max_upload_bytes_per_s=30_000.0)
         honest = swarm.add(folder, 1, 2)
         observers = [swarm.add(folder, 0, 1) for _ in range(3)]
 
