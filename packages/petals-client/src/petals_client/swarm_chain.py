@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -270,7 +271,13 @@ class SwarmChainSession:
 
     def trace(self) -> tuple[StepTrace, ...]:
         """See ``ChainSession.trace``."""
-        return tuple(self._session.traces)
+
+        async def write() -> None:
+            self._session.notes.write()
+
+        with contextlib.suppress(InvalidRequestError):  # closed, so all was noted
+            self._thread.run(write())
+        return tuple(self._session.notes.traces)
 
     def close(self) -> None:
         """See ``ChainSession.close``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -16,10 +15,9 @@ from petals_client.opening import ChainOpener
 from petals_client.patience import Patience
 from petals_client.recovery import Recovery
 from petals_client.session import BACKLOG_BYTES, HopSession, States, make_step, read_states
+from petals_client.step_notes import StepNotes
 from petals_client.swarm import Servers, Swarm, explain_failure
-from petals_client.trace import HopTrace, StepTrace, trace_trip
 from petals_core.errors import Disposition, InvalidRequestError, PeerConnectionError, PetalsError, ProtocolError
-from petals_core.observation import unexplained_s
 from petals_core.routing.graph import Chain, Hop
 from petals_core.steps import StepHistory, StepRequest
 from petals_core.tensors.codec import TensorSpec
@@ -27,7 +25,6 @@ from petals_core.wire.events import MessageReceived
 from petals_core.wire.messages import Message, Step, StepResult, graph_id_of
 
 _logger = logging.getLogger(__name__)
-_MAX_TRACES = 1024
 
 
 class SwarmSession:
@@ -71,11 +68,9 @@ class SwarmSession:
         """Counts recoveries; what still comes of an earlier attempt is dropped."""
         self.is_closed = False
         self.patience = Patience()
-        self.traces: deque[StepTrace] = deque(maxlen=_MAX_TRACES)
-        """Of the last steps."""
+        self.notes = StepNotes(swarm)
         self._next_number = 0
         self._flight: Flight | None = None
-        self._trips: list[HopTrace] = []
         self._carrying: set[asyncio.Task[None]] = set()
         self._recovery = Recovery(self)
 
@@ -132,7 +127,7 @@ class SwarmSession:
         started_s = time.perf_counter()  # uvloop's clock counts milliseconds
         flight = Flight(parts, first_number=self._next_number, num_hops=len(self.hops))
         self._next_number += len(parts)
-        self._trips = []
+        self.notes.begin_step()
         self._recovery.begin_step()
         while True:
             if self.is_closed:
@@ -150,36 +145,18 @@ class SwarmSession:
                 continue
             finally:
                 self._flight = None
-        self.traces.append(
-            StepTrace(
-                num_tokens=sum(states.spec.shape[0] for _, states in parts),
-                total_s=time.perf_counter() - started_s,
-                hops=tuple(self._trips),
-            )
+        self.notes.end_step(
+            self.hops,
+            part_tokens=[states.spec.shape[0] for _, states in parts],
+            is_decode=flight.is_decode,
+            total_s=time.perf_counter() - started_s,
         )
-        num_tokens = sum(states.spec.shape[0] for _, states in parts)
-        self._praise(parts[-1][1].spec.shape[0], is_decode=flight.is_decode)
-        for hop in self.hops:
-            self.swarm.contribution.note(hop.server, hop.hop, num_tokens)
         return flight.results
-
-    def _praise(self, num_tokens: int, *, is_decode: bool) -> None:
-        """Note that all servers have done a step, the last part of which had ``num_tokens``."""
-        trips = {trace.peer_id: trace for trace in self._trips[-len(self.hops) :]}
-        lost_s = unexplained_s(
-            network_s=sum(trace.network_s for trace in trips.values()),
-            round_trips_s=sum(hop.connection.rtt_s for hop in self.hops),
-        )
-        for hop in self.hops:
-            trace = trips.get(hop.hop.peer_id)
-            took_s = 0.0 if trace is None else trace.queue_s + trace.compute_s
-            self.swarm.praise_work(hop.server, hop.hop, num_tokens=num_tokens, took_s=took_s)
-            if is_decode and trace is not None:
-                self.swarm.observe(hop.server, hop.hop, num_tokens=num_tokens, took_s=took_s + lost_s)
 
     def close(self) -> None:
         """Free the caches on all servers; never blocks, idempotent."""
         self.is_closed = True
+        self.notes.write()
         hops, self.hops = self.hops, []
         for session in hops:
             session.close()
@@ -206,6 +183,7 @@ class SwarmSession:
             await self._send(flight, flight.next_number)
         else:
             sender = asyncio.create_task(self._send_all(flight))
+        self.notes.write()
         num_looks = 0
         try:
             while not await flight.end(self.patience.wait_s(is_decode=flight.is_decode, num_looks=num_looks)):
@@ -284,18 +262,13 @@ class SwarmSession:
             hop.is_empty = False
         self.history.append(result.step, request, sent, sent.spec.num_bytes)
         self.patience.note(flight.news_s - before_s, is_decode=flight.is_decode)
-        self._trips += trace_trip(
-            self.chain,
-            result.hops or (),
-            round_trips_s=[hop.connection.rtt_s for hop in self.hops],
-            carried=[False, *(hop.is_cut_off for hop in self.hops[:-1])],
-            total_s=trip_s,
-        )
+        self.notes.end_trip(self.hops, result.hops or (), total_s=trip_s)
 
     def _on_failure(self, hop: HopSession, error: PetalsError) -> None:
         """A step has failed at a server, or the session with it is broken."""
         if hop not in self.hops or error.attempt not in (None, self.attempt):
             return
+        self.notes.write()  # what went well before, first: a success behind a failure would clear it
         failure: PetalsError | None = None
         if error.attempt is not None and error.disposition is Disposition.GIVE_UP:
             failure = explain_failure(hop.hop, error)
