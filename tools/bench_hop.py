@@ -8,14 +8,17 @@ and next to no computation, so that what is left is software; the bench model sh
 
 from __future__ import annotations
 
+import os
+
 import environment
 
 if __name__ == "__main__":
     environment.enter()
+    # The local model's threads would spin for a while after each of its steps, and take a core from the servers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess

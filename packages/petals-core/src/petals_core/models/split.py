@@ -449,8 +449,9 @@ def load_client_half(
 ) -> PreTrainedModel:
     """Load a model of ``model_class`` whose blocks are ``blocks``: its embeddings, final norm and head, and no more.
 
-    ``blocks`` is put where the base model has its ``ModuleList``; only that is done to it. The models of Transformers
-    do the following with it, so it must allow it:
+    ``blocks`` is put where the base model has its ``ModuleList``, and the tables of positions beside it, which only
+    blocks look into, are None: they would cost each step a few operations. The models of Transformers do the following
+    with ``blocks``, so it must allow it:
 
     - ``blocks[: config.num_hidden_layers]`` and ``iter(blocks)``, ``enumerate(blocks)``: yield itself, once.
     - ``len(blocks)``: the true number of blocks, which ``config.num_hidden_layers`` also stays.
@@ -493,10 +494,21 @@ def load_client_half(
     model.config.name_or_path = checkpoint.name
     # After the loading, so that weights which the blocks bring along are not taken for the checkpoint's.
     _set_blocks(model, architecture, blocks)
+    parent = model.base_model.get_submodule(architecture.block_path.rpartition(".")[0])
+    for name, module in parent.named_children():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            setattr(parent, name, _NoTables())
     if fresh:
         _log.warning("%s has no %s: initialised anew, to be trained", checkpoint.name, ", ".join(sorted(fresh)))
     release_memory()
     return model
+
+
+class _NoTables(nn.Module):
+    """In the place of rotary embeddings where no blocks are."""
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        """Nothing."""
 
 
 def _set_blocks(model: PreTrainedModel, architecture: Architecture, blocks: nn.Module) -> None:
