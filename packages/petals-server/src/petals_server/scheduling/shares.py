@@ -115,6 +115,8 @@ class Shares:
         for kind in kinds - self._waited:
             self._kinds.activate(kind)
         self._waited, self._ordered_s = kinds, now_s
+        if len(requests) == 1:
+            return list(requests)
         ordered: list[R] = []
         for is_training in sorted(kinds, key=lambda kind: (self._kinds[kind], kind)):
             for urgency in (Urgency.TRAINING,) if is_training else (Urgency.DECODE, Urgency.BULK):
