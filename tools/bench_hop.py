@@ -45,8 +45,8 @@ from petals_core.testing import factories
 MODELS = {"thin": factories.thin_model, "bench": factories.bench_model}
 PROMPT_TOKENS = 16
 WARM_UP_STEPS = 20
-MAX_HOP_S = 0.001
-MIN_DECODE_RATIO = 0.85
+MAX_HOP_S = 0.0007
+MIN_DECODE_RATIO = 0.9
 MAX_LINES = 12
 MAX_EXTRA_BYTES = 256 << 20
 MAX_EXTRA_IMPORT_S = 0.3
