@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -268,5 +269,24 @@ def test_a_dual_stack_node_speaks_to_both_families() -> None:
         assert (await over_6.find(KEY)).announcements == (signed,)
         for node in (over_4, over_6, dual):
             await node.close()
+
+    asyncio.run(main())
+
+
+def test_many_dead_nodes_hold_up_no_request_to_another() -> None:
+    async def main() -> None:
+        node = await Node.start(Identity.ephemeral(), "127.0.0.1", timing=NodeTiming(attempt_timeout_s=30.0))
+        living = await Node.start(Identity.ephemeral(), "127.0.0.1")
+        with contextlib.closing(bind_udp("127.0.0.1", 0)) as deaf:
+            dead = Contact(bytes(20), "127.0.0.1", deaf.getsockname()[1])
+            waiting = [asyncio.create_task(node.protocol.call_ping(dead)) for _ in range(200)]
+            answer = await node.protocol.call_ping(Contact(living.protocol.own.id, "127.0.0.1", living.port))
+            assert answer is not None
+            assert not any(task.done() for task in waiting)
+            await node.close()
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await living.close()
 
     asyncio.run(main())

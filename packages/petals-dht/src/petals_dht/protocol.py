@@ -50,7 +50,9 @@ log = logging.getLogger(__name__)
 Reach = Callable[[str, int, PeerId], Awaitable[str]]
 """Connect to (host, port) and check that this peer listens there; returns "" or why not."""
 _MAX_CALLS = 64
-"""Requests that a node has under way at once."""
+"""Requests that a node has under way at once, so that their answers find room in its socket."""
+_COUNTED_S = 0.25
+"""What was not answered for so long does not count any more: dead nodes hold up no requests to others."""
 _MAX_ATTEMPT_TIMEOUT_S = 6.0
 _MAX_UNSENT_BYTES = 1 << 20
 
@@ -169,8 +171,21 @@ class DirectoryProtocol(KademliaProtocol):
         ``timeout_s`` is per attempt; by default it follows the slowest of the recent answers, so that a machine or
         network under load is not taken for dead. May be cancelled at any time; what arrives later is dropped.
         """
-        async with self._calls:
+        is_counted = True
+
+        def count_no_more() -> None:
+            nonlocal is_counted
+            if is_counted:
+                is_counted = False
+                self._calls.release()
+
+        await self._calls.acquire()
+        timer = self._loop.call_later(_COUNTED_S, count_no_more)
+        try:
             return await self._call(address, request, destination, timeout_s, num_attempts or self._num_attempts)
+        finally:
+            timer.cancel()
+            count_no_more()
 
     async def _call(
         self,
