@@ -41,6 +41,8 @@ except ImportError:  # Windows: no keys but Ctrl-C.
 
 _MIN_FRAME_S = 0.03
 _PROBE_PAUSE_S = 1.0
+_MANY_SERVERS = 500
+"""A model with more of them is looked up more seldom in proportion, so that the work stays bounded."""
 
 
 def view_now(watcher: Watcher) -> SwarmView:
@@ -146,7 +148,8 @@ async def _watch(state: _State, refresh_s: float) -> None:
 async def _look_regularly(state: _State, refresh_s: float) -> None:
     while True:
         # The first look-up was made before the screen was taken.
-        await asyncio.sleep(refresh_s)
+        num_servers = max((len(each.servers) for each in state.watcher.observations.overviews()), default=0)
+        await asyncio.sleep(refresh_s * max(1.0, num_servers / _MANY_SERVERS))
         model = model_of(state.view, state.controls)
         await state.watcher.look(None if model is None else model.model)
         state.refresh()
