@@ -12,7 +12,7 @@ from petals_dht.crawl import Crawl
 from petals_dht.messages import FindNode, Found, Nodes
 from petals_dht.protocol import Answer, DirectoryProtocol
 
-MIN_PATIENCE_S: Final = 0.25
+MIN_PATIENCE_S: Final = 0.15
 """So long a node may take at least before a search goes on without it for good."""
 _MIN_STALL_S: Final = 0.03
 """So long at least before others are asked beside it, which costs a datagram and loses nothing."""
