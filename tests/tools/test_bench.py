@@ -15,9 +15,11 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from bench import earlier, report  # noqa: E402
+from bench.budget import SWARM_S, WORKER_S, Budget  # noqa: E402
 from bench.conversation import Worker, WorkerError  # noqa: E402
 from bench.figures import Figure, Spread, short, speed_ratios  # noqa: E402
 from bench.plan import HOP_SCENARIOS, LOOPBACK, MODES, NETWORKS, SCENARIOS, Kind, Model, Plan, Unit  # noqa: E402
+from bench.run_file import Run, complete  # noqa: E402
 from lab.settings import parse_settings  # noqa: E402
 
 PLAN = Plan(
@@ -61,6 +63,8 @@ def test_networks_have_the_round_trip_and_rate_that_they_are_called_by() -> None
 
 def test_only_swarms_run_where_a_network_makes_a_difference() -> None:
     for cell in PLAN.cells(model=Model.LARGE):
+        if cell.scenario.kind == "steps":
+            continue
         kinds = {mode.kind for mode in cell.modes}
         if cell.network.name == LOOPBACK:
             assert Kind.LOCAL in kinds
@@ -76,8 +80,8 @@ def test_only_swarms_run_where_a_network_makes_a_difference() -> None:
 
 def test_a_plan_has_every_scenario_on_every_network_and_smaller_models_where_they_say_most() -> None:
     cells = PLAN.cells()
-    large = [each for each in SCENARIOS if each.model is Model.LARGE]
-    assert len(PLAN.cells(model=Model.LARGE)) == len(NETWORKS) * len(large)
+    large = [each for each in SCENARIOS if each.model is Model.LARGE and each.networks is None]
+    assert len(PLAN.cells(model=Model.LARGE)) == len(NETWORKS) * len(large) + 1
     assert [cell.network.name for cell in PLAN.cells(model=Model.THIN)] == [LOOPBACK]
     assert {mode.name for cell in PLAN.cells(model=Model.TEXT) for mode in cell.modes} == {
         *("petals-3", "petals-3-drafts", "earlier-3")
@@ -135,7 +139,10 @@ def test_nothing_measured_is_no_picture() -> None:
 
 
 def test_projects_are_compared_in_the_rounds_that_both_have() -> None:
-    hop = [dataclasses.replace(figure("loopback", mode, *values), scenario=HOP_SCENARIOS[0]) for mode, values in HOPS]
+    hop = [
+        dataclasses.replace(figure("loopback", mode, *values), scenario=HOP_SCENARIOS[0], unit=Unit.STEP)
+        for mode, values in HOPS
+    ]
     figures = [
         figure("loopback", "petals-3", 8.0, 8.0, 1.0),
         figure("loopback", "earlier-3", 4.0, 2.0, error="it hung"),
@@ -146,17 +153,60 @@ def test_projects_are_compared_in_the_rounds_that_both_have() -> None:
     ours, theirs = "Petals, 3 servers", "Petals 2.2.0, 3 servers"
     assert report.comparisons(PLAN, figures) == [
         ("loopback", "decode, one stream", ours, theirs, "3.00 (2.50 to 3.50)"),
-        ("loopback", "decode, thin model", ours, theirs, "2.56 (2.28 to 2.84)"),
+        ("loopback", "one step, thin model", ours, theirs, "3.25 (2.88 to 3.62)"),
         (
-            *("loopback", "added by a hop: decode, thin model", ours, theirs),
-            "13.3 (11.7 to 15.0) ms instead of 58.3 (54.2 to 62.5) ms: 4.4 times less",
+            *("loopback", "added by a hop: one step, thin model", ours, theirs),
+            "2.00 (1.50 to 2.50) ms instead of 10.0 (10.0 to 10.0) ms: 5.0 times less",
         ),
     ]
     assert "### Comparisons" in report.markdown(PLAN, figures, heading="a", facts=[], picture=None)
     assert report.comparisons(PLAN, FIGURES) == []
 
 
-HOPS = (("local", (20.0, 20.0)), ("petals-3", (10.0, 12.5)), ("earlier-3", (5.0, 4.0)))
+HOPS = (("local", (5.0, 6.0)), ("petals-3", (14.0, 9.0, 1.0)), ("earlier-3", (35.0, 36.0)))
+
+
+def budget(**changes: int) -> Budget:
+    fields = {"end_s": 1000.0, "last_s": 1200.0, "weight_left": 10.0, "num_cells": 2, "swarms_left": 0}
+    return Budget(**{**fields, "workers_left": 0, **changes})  # type: ignore[arg-type]
+
+
+def test_the_time_is_shared_by_weight_and_what_a_cell_leaves_goes_to_those_behind_it() -> None:
+    shared = budget()
+    assert shared.begin(6.0, now_s=0.0) == 600.0
+    assert shared.progress(100.0) == "cell 1 of 2, about 15 min left"
+    assert shared.begin(4.0, now_s=100.0) == 900.0
+    assert budget().begin(10.0, now_s=2000.0) == 0.0, "a cell begins with one round, however late it is"
+
+
+def test_time_to_start_processes_is_set_aside() -> None:
+    assert budget(swarms_left=10, workers_left=25).begin(5.0, now_s=0.0) == (1000 - 10 * SWARM_S - 25 * WORKER_S) / 2
+
+
+def test_nothing_begins_or_lasts_longer_when_the_time_is_up() -> None:
+    assert [budget().is_late(now_s) for now_s in (1199.0, 1200.0)] == [False, True]
+    assert [budget().limit_s(now_s, 60.0) for now_s in (0.0, 1150.0, 1300.0)] == [60.0, 50.0, 1.0]
+
+
+def test_what_is_claimed_most_of_comes_first_and_gets_more_rounds() -> None:
+    labs = [cell for cell in PLAN.cells(model=Model.LARGE, is_lab=True) if cell.scenario.name == "decode"]
+    assert labs[0].network.name == "100mbit-100ms"
+    assert labs[0].weight > labs[1].weight
+    assert len(labs) == len(NETWORKS) - 1
+
+
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.json"
+    figures = (*FIGURES, figure("300ms", error="the time was up"))
+    Run(plan=PLAN, facts=("a fact",), figures=figures).write(path)
+    read = Run.read(path)
+    assert read.figures == figures
+    assert complete(read.figures) == FIGURES
+    rest = dataclasses.replace(PLAN, done=frozenset((each.network, each.scenario) for each in FIGURES))
+    assert len(rest.cells()) == len(PLAN.cells()) - 1
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="holds no figures"):
+        Run.read(path)
 
 
 def test_a_hub_entry_is_what_the_earlier_one_reads(tmp_path: Path) -> None:
@@ -233,7 +283,7 @@ def test_a_worker_that_can_not_start_says_why() -> None:
     asked.stop()
 
 
-def test_the_section_of_a_file_is_printed_again(tmp_path: Path) -> None:
+def test_a_file_is_drawn_again(tmp_path: Path) -> None:
     path = tmp_path / "benchmarks.json"
     names = {"scenarios": SCENARIOS, "networks": NETWORKS, "modes": MODES}
     document = {name: [each.name for each in values] for name, values in names.items()}
@@ -242,8 +292,14 @@ def test_the_section_of_a_file_is_printed_again(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(TOOLS)!r}); from bench.__main__ import main; raise SystemExit(main())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, "--markdown", str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, "--from-json", str(path), "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "- a fact" in done.stdout
-    assert "6.00 (5.50 to 7.50)" in done.stdout
+    assert "a fact" in done.stdout
+    section = (tmp_path / "benchmarks.md").read_text()
+    assert "- a fact" in section
+    assert "6.00 (5.50 to 7.50)" in section
+    assert (tmp_path / "benchmarks.png").exists()

@@ -2,7 +2,8 @@
 
 Prints tables and writes ``benchmarks.json``, ``benchmarks.png`` and ``benchmarks.md`` into the folder. Every figure is
 a median with its quartiles; ratios are of rounds in which the modes take turns. Networks other than loopback need the
-network lab (docs/network-lab.md). ``--markdown FILE`` only prints the section of a run's JSON file.
+network lab (docs/network-lab.md). The JSON file is written after every cell: ``--from-json FILE`` draws the tables and
+the picture of one, also of a run that was cut off, and ``--resume FILE`` measures what it lacks.
 """
 
 from __future__ import annotations
@@ -23,63 +24,27 @@ if __name__ == "__main__" and sandbox.FOLDER_VARIABLE not in os.environ:
 
 import argparse
 import dataclasses
-import json
 import platform
 import shlex
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
 import local_swarm
 from bench import report
-from bench.figures import Figure
 from bench.plan import LOOPBACK, MODES, NETWORKS, QUICK_MODES, QUICK_NETWORKS, QUICK_SCENARIOS, SCENARIOS, Model, Plan
+from bench.run_file import Run, complete
 from bench.suite import LAB_HOSTS, Checkpoint, Suite
 
-FULL_MINUTES, QUICK_MINUTES = (30.0, 36.0), (3.7, 4.4)
+FULL_MINUTES, QUICK_MINUTES = (32.0, 37.0), (3.7, 4.4)
 """When the time that cells share ends, and when nothing more is begun. The rest of 40 and 5 minutes is for what is
 under way then, for stopping and for the picture."""
 FULL_ROUNDS, QUICK_ROUNDS = (4, 15), (1, 5)
-FULL_TIMEOUT_S, QUICK_TIMEOUT_S = 90.0, 25.0
+FULL_TIMEOUT_S, QUICK_TIMEOUT_S = 60.0, 25.0
 TEXT_ROUNDS = 15
 _LAB_TRIED = "PETALS_BENCH_NO_LAB"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What a file of figures holds."""
-
-    plan: Plan
-    facts: tuple[str, ...]
-    figures: tuple[Figure, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """For a file."""
-        return {
-            "facts": list(self.facts),
-            "scenarios": [each.name for each in self.plan.scenarios],
-            "networks": [each.name for each in self.plan.networks],
-            "modes": [each.name for each in self.plan.modes],
-            "figures": [figure.as_json() for figure in self.figures],
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Run:
-        """Read what ``as_json`` wrote."""
-        plan = Plan(
-            scenarios=[each for each in SCENARIOS if each.name in data["scenarios"]],
-            networks=[each for each in NETWORKS if each.name in data["networks"]],
-            modes=[each for each in MODES if each.name in data["modes"]],
-            minutes=0.0,
-            most_minutes=0.0,
-            min_rounds=0,
-            max_rounds=0,
-        )
-        return cls(plan=plan, facts=tuple(data["facts"]), figures=tuple(map(Figure.from_json, data["figures"])))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -105,12 +70,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks"), help="folder for results (default: %(default)s)"
     )
-    parser.add_argument("--markdown", type=Path, metavar="JSON", help="only print the section of these results")
+    parser.add_argument("--resume", type=Path, metavar="JSON", help="measure what these results lack")
+    parser.add_argument("--from-json", type=Path, metavar="JSON", help="measure nothing: draw these results")
     return parser.parse_args(argv)
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
-    """Choose what the options ask for, in the suite's own order."""
+def make_plan(options: argparse.Namespace, before: Run | None) -> Plan:
+    """Choose what the options ask for, in the suite's own order, but for what a run before has measured."""
     scenarios = options.scenarios or (QUICK_SCENARIOS if options.quick else [each.name for each in SCENARIOS])
     networks = options.networks or (QUICK_NETWORKS if options.quick else [each.name for each in NETWORKS])
     modes = options.modes or (QUICK_MODES if options.quick else [each.name for each in MODES])
@@ -129,6 +95,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         most_minutes=most_minutes,
         min_rounds=least,
         max_rounds=most,
+        done=frozenset((each.network, each.scenario) for each in (before.figures if before else ())),
     )
 
 
@@ -145,18 +112,20 @@ def enter_lab(plan: Plan) -> None:
     os.execv(sys.executable, [*lab, sys.executable, *sys.argv])
 
 
-def measure(plan: Plan, options: argparse.Namespace, console: Console) -> Run:
-    """Run the plan."""
-    import torch
-    import transformers
-
+def measure(
+    plan: Plan, options: argparse.Namespace, console: Console, before: Run | None, save: Callable[[Run], None]
+) -> Run:
+    """Run the plan; ``save`` gets what is there whenever a cell is done."""
     from bench import text
     from petals_core.testing import factories
 
     started_s = time.time()
+    say: Callable[[str], None] = lambda line: console.print(  # noqa: E731
+        f"  {time.time() - started_s:4.0f} s  {line}", style="dim", markup=False
+    )
     if _LAB_TRIED in os.environ:
         console.print(f"no network lab here: {os.environ[_LAB_TRIED]}", style="yellow")
-    with tempfile.TemporaryDirectory(prefix="petals-bench-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="petals-bench-", ignore_cleanup_errors=True) as temporary:
         os.environ["PETALS_CACHE_DIR"] = os.environ["PETALS_DATA_DIR"] = temporary
         scratch = Path(temporary)
         folders = {
@@ -172,28 +141,45 @@ def measure(plan: Plan, options: argparse.Namespace, console: Console) -> Run:
             models,
             scratch,
             timeout_s=options.timeout or (QUICK_TIMEOUT_S if options.quick else FULL_TIMEOUT_S),
-            say=lambda line: console.print(f"  {time.time() - started_s:4.0f} s  {line}", style="dim", markup=False),
+            say=say,
         )
-        figures: list[Figure] = []
+        figures = list(before.figures) if before else []
+
+        def so_far() -> Run:
+            facts = [*_facts(started_s), *(checkpoint.title for checkpoint in models.values()), *suite.notes]
+            if missing := [network.title for network in plan.networks if network not in reachable]:
+                reason = os.environ.get(_LAB_TRIED, "")
+                facts.append(f"not measured, because there is no network lab: {'; '.join(missing)} ({reason})")
+            facts += [f"resumed; the run before: {fact}" for fact in (before.facts[:2] if before else ())]
+            return Run(plan=plan, facts=tuple(facts), figures=tuple(figures))
+
         try:
-            figures.extend(suite.run())
+            for figure in suite.run():
+                figures.append(figure)
+                save(so_far())
         except KeyboardInterrupt:
-            if not figures:
+            if not any(figure.values for figure in figures):
                 raise
             suite.notes.append("interrupted: what was measured until then is here, and the rest is missing")
-    facts = [
+        except Exception as error:  # what was measured is worth a table all the same
+            suite.notes.append(f"ended early: {type(error).__name__}: {error}".partition("\n")[0])
+            say(suite.notes[-1])
+        return so_far()
+
+
+def _facts(started_s: float) -> list[str]:
+    """What was run when, for how long, and where."""
+    import torch
+    import transformers
+
+    return [
         f"`python3 tools/bench {shlex.join(sys.argv[1:])}`".replace(" `", "`"),
         f"{time.strftime('%Y-%m-%d', time.gmtime(started_s))}, {(time.time() - started_s) / 60:.0f} minutes, "
         f"load {os.getloadavg()[0]:.1f} at the end",
         f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         f"Python {platform.python_version()}, torch {torch.__version__}, Transformers {transformers.__version__}; "
         "float32, greedy, speculation off but where drafts are said to be",
-        *(checkpoint.title for checkpoint in models.values()),
-        *suite.notes,
     ]
-    if missing := [network.title for network in plan.networks if network not in reachable]:
-        facts.append(f"not measured, because there is no network lab: {'; '.join(missing)} ({os.environ[_LAB_TRIED]})")
-    return Run(plan=plan, facts=tuple(facts), figures=tuple(figures))
 
 
 def _thin_model(folder: Path) -> Path:
@@ -238,28 +224,41 @@ def section(run: Run, picture: str | None) -> str:
     return report.markdown(run.plan, run.figures, heading="Ways of running a model", facts=run.facts, picture=picture)
 
 
-def main() -> int:
-    options = parse(sys.argv[1:])
-    if options.markdown:
-        print(section(Run.from_json(json.loads(options.markdown.read_text())), "benchmarks.png"), end="")
-        return 0
-    plan = make_plan(options)
-    enter_lab(plan)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    options.output.mkdir(parents=True, exist_ok=True)
-    try:
-        with local_swarm.stopping_in_order():
-            run = measure(plan, options, console)
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        return 130
+def publish(run: Run, console: Console, folder: Path) -> None:
+    """Print a run's tables and write its section and its picture."""
     report.print_tables(console, run.plan, run.figures)
     for fact in run.facts:
         console.print(fact, style="dim", markup=False)
-    (options.output / "benchmarks.json").write_text(json.dumps(run.as_json(), indent=1) + "\n")
-    (options.output / "benchmarks.md").write_text(section(run, "benchmarks.png"))
-    report.save_picture(options.output / "benchmarks.png", run.plan, run.figures)
-    console.print(f"written: {options.output}/benchmarks.json, .md and .png")
+    (folder / "benchmarks.md").write_text(section(run, "benchmarks.png"))
+    report.save_picture(folder / "benchmarks.png", run.plan, run.figures)
+    console.print(f"written: {folder}/benchmarks.json, .md and .png")
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    try:
+        known = Run.read(options.from_json or options.resume) if options.from_json or options.resume else None
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    path = options.output / "benchmarks.json"
+    if options.from_json:
+        assert known is not None
+        run = known
+        options.output.mkdir(parents=True, exist_ok=True)
+    else:
+        before = dataclasses.replace(known, figures=complete(known.figures)) if known else None
+        plan = make_plan(options, before)
+        enter_lab(plan)
+        options.output.mkdir(parents=True, exist_ok=True)
+        try:
+            with local_swarm.stopping_in_order():
+                run = measure(plan, options, console, before, lambda run: run.write(path))
+        except KeyboardInterrupt:
+            console.print("interrupted")
+            return 130
+    run.write(path)
+    publish(run, console, options.output)
     return 0 if any(figure.values for figure in run.figures) else 1
 
 

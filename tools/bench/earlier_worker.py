@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import statistics
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 from bench import conversation
 
-WARM_UP_TOKENS = 3
+WARM_UP_TOKENS, WARM_UP_STEPS = 3, 10
 FEW_TOKENS = 5
 """The prompt and as many tokens as tell a rate."""
 
@@ -58,6 +59,8 @@ class Runner:
                 tokens = self._torch.tensor([scenario["prompt"]])
             times_s = self._generate(tokens, scenario["new_tokens"], scenario["most_s"])
             return times_s[0] if scenario["first_token"] else (len(times_s) - 1) / (times_s[-1] - times_s[0])
+        if kind == "steps":
+            return 1000 * statistics.median(self._steps(length, scenario["new_tokens"]))
         torch, width = self._torch, self._model.config.hidden_size
         hidden = torch.randn(num_rows, length, width, generator=torch.Generator().manual_seed(0))
         started_s = time.perf_counter()
@@ -74,6 +77,18 @@ class Runner:
             hidden.requires_grad_()
             self._model.model.layers(hidden).sum().backward()
         return float(num_rows * length / (time.perf_counter() - started_s))
+
+    def _steps(self, num_prompt: int, num_steps: int) -> list[float]:
+        """Seconds of steps of one token behind a prompt, without what ``generate`` does between them."""
+        tokens = self._tokens(1, num_prompt + WARM_UP_STEPS + num_steps)
+        inner, times_s = self._model.model, []
+        with self._torch.inference_mode(), inner.layers.inference_session(max_length=tokens.shape[1]) as session:
+            session.step(inner.embed_tokens(tokens[:, :num_prompt]))
+            for token in tokens[:, num_prompt:].split(1, dim=1):
+                started_s = time.perf_counter()
+                self._model.lm_head(inner.norm(session.step(inner.embed_tokens(token))))
+                times_s.append(time.perf_counter() - started_s)
+        return times_s[WARM_UP_STEPS:]
 
     def _tokens(self, num_rows: int, length: int, seed: int = 0) -> Any:
         generator = self._torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -72,10 +73,10 @@ def comparisons(plan: Plan, figures: Sequence[Figure]) -> list[tuple[str, str, s
                     ratios = speed_ratios(ours.unit, *_pairs(ours, theirs))
                     pair = titles[our_name], titles[their_name]
                     table.append((network.title, scenario.title, *pair, str(Spread.of(ratios))))
-    for name in HOP_SCENARIOS:
-        ours_s, theirs_s = (_hop_s(found, name, f"{who}-{HOP_SERVERS}") for who in ("petals", "earlier"))
+    for name, count in itertools.product(HOP_SCENARIOS, HOP_SERVERS):
+        ours_s, theirs_s = (_hop_s(found, name, who, count) for who in ("petals", "earlier"))
         if ours_s and theirs_s:
-            pair = titles[f"petals-{HOP_SERVERS}"], titles[f"earlier-{HOP_SERVERS}"]
+            pair = titles[f"petals-{count}"], titles[f"earlier-{count}"]
             hops = [Spread.of([1000 * each_s for each_s in hop_s]) for hop_s in (ours_s, theirs_s)]
             text = f"{hops[0]} ms instead of {hops[1]} ms"
             if hops[0].median > 0:
@@ -91,13 +92,18 @@ def _pairs(ours: Figure, theirs: Figure) -> tuple[tuple[float, ...], tuple[float
     return ours.values[:count], theirs.values[:count]
 
 
-def _hop_s(found: dict[tuple[str, str, str], Figure], scenario: str, mode: str) -> list[float]:
+def _hop_s(found: dict[tuple[str, str, str], Figure], scenario: str, who: str, num_servers: int) -> list[float]:
     """What each server adds to a local step, round by round."""
-    figures = [found.get((LOOPBACK, scenario, name)) for name in (mode, "local")]
+    figures = [found.get((LOOPBACK, scenario, name)) for name in (f"{who}-{num_servers}", "local")]
     if figures[0] is None or figures[1] is None:
         return []
-    rates = zip(*_pairs(figures[0], figures[1]), strict=True)
-    return [(1 / remote - 1 / local) / HOP_SERVERS for remote, local in rates]
+    pairs = zip(*_pairs(figures[0], figures[1]), strict=True)
+    return [(_step_s(figures[0], remote) - _step_s(figures[1], local)) / num_servers for remote, local in pairs]
+
+
+def _step_s(figure: Figure, value: float) -> float:
+    """Seconds of a step of one token."""
+    return value / 1000 if figure.unit is Unit.STEP else 1 / value
 
 
 _HEADINGS = ("scenario", "mode", "median (quartiles)", "rounds", "times as fast", "remark")

@@ -11,13 +11,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import local_swarm
 from bench import earlier, text
-from bench.conversation import Worker, WorkerError
+from bench.budget import Budget
+from bench.conversation import Worker
 from bench.figures import Figure, speed_ratios
 from bench.memory_limit import MemoryLimit, memory_limit
 from bench.plan import Cell, Kind, Mode, Model, Network, Plan
@@ -27,7 +29,9 @@ TOOLS = Path(__file__).resolve().parent.parent
 LAB_HOSTS = ("client", "directory", "server1", "server2", "server3")
 """Hosts of the lab that the suite runs in."""
 NO_LIMITS = "delay=0ms,rate=unlimited"
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 90.0
+WORKERS_AT_ONCE = 2
+"""Are started; more would only wait for each other's imports."""
 DISK_SHARE = 0.25
 """Disk offloading gets memory for this share of the model's weights, less than half of what one A100 has for those of
 BLOOM-176B in int8."""
@@ -35,12 +39,16 @@ COMPUTING_BYTES = 96 << 20
 """And this for what it computes."""
 STOP_TIMEOUT_S = 2.0
 """Processes of Petals 2.2.0 leave nothing behind that a longer wait would save."""
-STARTING_S = 20.0
-"""Set aside for the servers of a model."""
 LEAST_DECODING_S = 2.0
 """So long one mode decodes in one round at least, however many modes and cells there are."""
 PATIENCE, LEAST_TIMEOUT_S = 5.0, 10.0
 """A mode may take so many times as long as in earlier rounds, and so much more."""
+OVERDRAFT = 1.5
+"""A cell may take so many times its share for as long as it has fewer rounds than it should have."""
+TRIES = 2
+"""A mode may fail so many times in a cell; then the others go on without it."""
+MAX_FAILURES = 4
+"""In a row on one network; then a mode is not tried there any more, so that one that hangs leaves time for others."""
 _TIME_IS_UP = "not measured, because the time was up"
 _WARM_ROUNDS = 3
 """So many rounds, and the first one only warms up."""
@@ -83,38 +91,59 @@ class Suite:
         self._say = say
         self._earlier: Path | None = None
         """The Python of Petals 2.2.0."""
-        self._num_servers = self._stages_left = 0
-        self._end_s = self._last_s = 0.0
-        self._weight_left = 0.0
+        self._num_servers = 0
+        self._budget = self._new_budget()
 
     def run(self) -> Iterator[Figure]:
         """Measure everything; figures come as soon as their cell is done. What fails is a figure that says why."""
         self._leave_out_what_is_missing()
-        now_s = time.monotonic()
-        self._end_s, self._last_s = now_s + 60 * self._plan.minutes, now_s + 60 * self._plan.most_minutes
-        self._weight_left = sum(cell.weight for cell in self._plan.cells())
-        stages = [
-            (model, is_lab, cells)
-            for is_lab in (False, True)
-            for model in Model
-            if (cells := self._plan.cells(model=model, is_lab=is_lab))
-        ]
-        self._stages_left = len(stages)
-        for model, is_lab, cells in stages:
-            self._stages_left -= 1
-            if self._is_late:
-                yield from (self._nothing(cell, mode, _TIME_IS_UP) for cell in cells for mode in cell.modes)
-            else:
-                with contextlib.ExitStack() as stack:
-                    yield from self._run_stage(model, cells, stack, is_lab=is_lab)
+        self._budget = self._new_budget()
+        for is_lab in (False, True):
+            for model in Model:
+                if cells := self._plan.cells(model=model, is_lab=is_lab):
+                    yield from self._run_stage_safely(model, cells, is_lab=is_lab)
+
+    def _new_budget(self) -> Budget:
+        now_s, cells = time.monotonic(), self._plan.cells()
+        servers = {
+            (cell.scenario.model, cell.network.host is None, mode.swarm)
+            for cell in cells
+            for mode in cell.modes
+            if mode.kind.has_network
+        }
+        workers = {(cell.scenario.model, cell.network.name, mode.name) for cell in cells for mode in cell.modes}
+        return Budget(
+            end_s=now_s + 60 * self._plan.minutes,
+            last_s=now_s + 60 * self._plan.most_minutes,
+            weight_left=sum(cell.weight for cell in cells),
+            num_cells=len(cells),
+            swarms_left=len(servers),
+            workers_left=len(workers),
+        )
 
     @property
     def _is_late(self) -> bool:
-        return time.monotonic() >= self._last_s
+        return self._budget.is_late(time.monotonic())
 
     def _limit_s(self, most_s: float) -> float:
-        """So long may something take that is begun now."""
-        return max(1.0, min(most_s, self._last_s - time.monotonic()))
+        return self._budget.limit_s(time.monotonic(), most_s)
+
+    def _run_stage_safely(self, model: Model, cells: list[Cell], *, is_lab: bool) -> Iterator[Figure]:
+        """Measure cells that share servers; whatever happens, each mode of each cell gets a figure."""
+        left = {
+            (cell.network.name, cell.scenario.name, mode.name): (cell, mode) for cell in cells for mode in cell.modes
+        }
+        reason = _TIME_IS_UP
+        if not self._is_late:
+            try:
+                with contextlib.ExitStack() as stack:
+                    for figure in self._run_stage(model, cells, stack, is_lab=is_lab):
+                        left.pop((figure.network, figure.scenario, figure.mode), None)
+                        yield figure
+            except Exception as error:  # the next stage has servers of its own
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                self._say(f"  stopped: {reason}")
+        yield from (self._nothing(cell, mode, reason) for cell, mode in left.values())
 
     def _run_stage(
         self, model: Model, cells: list[Cell], stack: contextlib.ExitStack, *, is_lab: bool
@@ -126,50 +155,48 @@ class Suite:
             self._say(f"starting {title}{' in the network lab' if is_lab else ''}, {model} model")
             try:
                 addresses[mode.swarm] = stack.enter_context(self._swarm(mode, self.models[model], is_lab=is_lab))
-            except local_swarm.ProcessError as error:
+            except Exception as error:  # others can go on without it
                 self._say(f"  {title}: {error}")
                 addresses[mode.swarm] = error
+            self._budget.swarms_left -= 1
         for network in dict.fromkeys(cell.network for cell in cells):
             if network.host is not None:
                 router.ask(sandbox.current_folder(), dict.fromkeys(LAB_HOSTS, network.host))
+            there = [cell for cell in cells if cell.network is network]
             with _Workers(self, model, network, addresses) as workers:
-                for cell in cells:
-                    if cell.network is network:
-                        yield from self._measure(cell, workers)
+                modes = list({mode.name: mode for cell in there for mode in cell.modes}.values())
+                self._say(f"{network.title}: starting {len(modes)} clients")
+                self._start(modes, workers)
+                for cell in there:
+                    yield from self._measure(cell, workers)
             if network.host is not None:  # the next one begins, and the swarm ends, on quick links
                 router.ask(sandbox.current_folder(), dict.fromkeys(LAB_HOSTS, NO_LIMITS))
 
     def _measure(self, cell: Cell, workers: _Workers) -> Iterator[Figure]:
         """Let the modes take turns until the time is spent; of several rounds the first one only warms up."""
-        began_s = time.monotonic()
-        left_s = max(0.0, self._end_s - began_s - STARTING_S * self._stages_left)
-        share_s = left_s * cell.weight / self._weight_left
-        self._weight_left -= cell.weight
-        self._say(f"{cell.network.title}: {cell.scenario.title} ({share_s:.0f} s)")
+        began_s = started_s = time.monotonic()
+        share_s = self._budget.begin(cell.weight, began_s)
+        self._say(f"{cell.network.title}: {cell.scenario.title} ({share_s:.0f} s; {self._budget.progress(began_s)})")
         rounds: list[dict[str, float | None]] = []
         errors: dict[str, str] = {}
+        failures: dict[str, int] = {}
         longest_s: dict[str, float] = {}
         """By mode: the longest of its rounds so far."""
-        for mode in cell.modes:  # starting them is part of the share, and not of the first round
-            self._attempt(mode, errors, functools.partial(workers.of, mode), workers)
-        started_s = time.monotonic()
         most_s = max(LEAST_DECODING_S, share_s / len(cell.modes) / (self._plan.min_rounds + 1))
-        while len(rounds) < self._plan.max_rounds and len(errors) < len(cell.modes) and not self._is_late:
+        while len(rounds) < self._plan.max_rounds and not self._is_late:
             now_s = time.monotonic()
             if rounds:
                 expected_s = now_s - began_s + (now_s - started_s) / len(rounds)
                 is_enough = len(rounds) >= self._plan.min_rounds
-                if expected_s > (share_s if is_enough else 2 * share_s):
+                if expected_s > (share_s if is_enough else OVERDRAFT * share_s):
                     break
             request = workers.request(cell, len(rounds), most_s)
             current: dict[str, float | None] = dict.fromkeys((mode.name for mode in cell.modes), None)
             for mode in cell.modes:
-                if not rounds or mode.name not in errors:
-                    ask = functools.partial(self._ask, mode, request, errors, longest_s, workers)
-                    has_failed = mode.name in errors
-                    current[mode.name] = ask()
-                    if current[mode.name] is None and not rounds and not has_failed:
-                        current[mode.name] = ask()  # who fails for the first time may try again
+                for _ in range(TRIES):
+                    if current[mode.name] is None and failures.get(mode.name, 0) < TRIES:
+                        current[mode.name] = self._ask(mode, request, errors, longest_s, workers)
+                        failures[mode.name] = failures.get(mode.name, 0) + (current[mode.name] is None)
             rounds.append(current)
         if len(rounds) >= _WARM_ROUNDS:
             del rounds[0]
@@ -196,6 +223,9 @@ class Suite:
         if self._is_late:
             return None
         errors.pop(mode.name, None)
+        if reason := workers.given_up(mode):
+            errors[mode.name] = reason
+            return None
         limit_s = self._limit_s(min(self._timeout_s, PATIENCE * longest_s.get(mode.name, math.inf) + LEAST_TIMEOUT_S))
         started_s = time.monotonic()
         value: float | None = self._attempt(
@@ -205,15 +235,23 @@ class Suite:
             longest_s[mode.name] = max(longest_s.get(mode.name, 0.0), time.monotonic() - started_s)
         return value
 
+    def _start(self, modes: Sequence[Mode], workers: _Workers) -> None:
+        """Start the workers of modes; those that fail are tried again when they are asked."""
+        with ThreadPoolExecutor(WORKERS_AT_ONCE) as pool:
+            pool.map(lambda mode: self._attempt(mode, {}, functools.partial(workers.of, mode), workers), modes)
+        self._budget.workers_left -= len(modes)
+
     def _attempt(self, mode: Mode, errors: dict[str, str], action: Callable[[], Any], workers: _Workers) -> Any:
         """What ``action`` returns, or None where it fails: then the mode has an error, and a new worker next time."""
         try:
-            return action()
-        except (WorkerError, local_swarm.ProcessError) as error:
-            errors[mode.name] = _TIME_IS_UP if self._is_late else str(error).partition("\n")[0]
+            found = action()
+        except Exception as error:  # whatever it is, it is this mode's alone
+            errors[mode.name] = _TIME_IS_UP if self._is_late else str(error).partition("\n")[0] or type(error).__name__
             self._say(f"  {mode.title}: {error}")
-            workers.drop(mode)  # after an error nobody knows what state it is in
+            workers.drop(mode, errors[mode.name])  # after an error nobody knows what state it is in
             return None
+        workers.note_success(mode)
+        return found
 
     def _nothing(self, cell: Cell, mode: Mode, error: str | None) -> Figure:
         return Figure(
@@ -351,6 +389,9 @@ class _Workers:
         self._addresses = addresses
         self._stacks: dict[str, contextlib.ExitStack] = {}
         self._workers: dict[str, Worker] = {}
+        self._failures: dict[str, int] = {}
+        """By mode: in a row."""
+        self._reasons: dict[str, str] = {}
 
     def __enter__(self) -> _Workers:
         return self
@@ -386,11 +427,24 @@ class _Workers:
         value: float = self.of(mode).ask(request, timeout_s)["value"]
         return value
 
-    def drop(self, mode: Mode) -> None:
-        """Stop the worker of a mode; the next one is new."""
+    def drop(self, mode: Mode, reason: str) -> None:
+        """Stop the worker of a mode, which has failed; the next one is new."""
+        self._failures[mode.name] = self._failures.get(mode.name, 0) + 1
+        self._reasons[mode.name] = reason
         self._workers.pop(mode.name, None)
         if stack := self._stacks.pop(mode.name, None):
-            stack.close()
+            with contextlib.suppress(Exception):  # what can't be stopped is in nobody's way
+                stack.close()
+
+    def note_success(self, mode: Mode) -> None:
+        """A mode has done what it was asked for."""
+        self._failures.pop(mode.name, None)
+
+    def given_up(self, mode: Mode) -> str | None:
+        """Why a mode is not tried any more; None: it is."""
+        if self._failures.get(mode.name, 0) < MAX_FAILURES:
+            return None
+        return f"given up after {MAX_FAILURES} failures in a row: {self._reasons[mode.name]}"
 
 
 def _uncached_copy(folder: Path, scratch: Path) -> Path:

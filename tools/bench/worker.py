@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ from typing import Any
 from bench import conversation
 from bench.plan import Kind
 
-WARM_UP_TOKENS = 3
+WARM_UP_TOKENS, WARM_UP_STEPS = 3, 10
 FEW_TOKENS = 5
 """The prompt and as many tokens as tell a rate."""
 MAX_OFFLOAD_TOKENS = 6
@@ -39,6 +41,8 @@ class Runner:
         kind, num_rows, length = request["kind"], request["num_rows"], request["prompt_tokens"]
         if kind == "generate" and request["num_clients"] > 1:
             return self._clients(request)
+        if kind == "steps":
+            return 1000 * statistics.median(self._steps(length, request["new_tokens"]))
         tokens = self._tokens(num_rows, length)
         if kind == "generate":
             if request["prompt"] is not None:
@@ -112,6 +116,25 @@ class Runner:
         if end_s <= start_s:
             raise RuntimeError("the clients were not served together: one ended before another began")
         return sum(start_s < time_s <= end_s for times in times_s for time_s in times) / (end_s - start_s)
+
+    def _steps(self, num_prompt: int, num_steps: int) -> list[float]:
+        """Seconds of steps of one token behind a prompt, without what ``generate`` does between them."""
+        tokens = self._tokens(1, num_prompt + WARM_UP_STEPS + num_steps)
+        prompt, rest = tokens[:, :num_prompt], tokens[:, num_prompt:].split(1, dim=1)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._torch.inference_mode())
+            options: dict[str, Any] = {}
+            if self._is_swarm:
+                stack.enter_context(self._model.inference_session(max_length=tokens.shape[1]))
+                self._model(prompt)
+            else:
+                options = {"past_key_values": self._model(prompt, use_cache=True).past_key_values, "use_cache": True}
+            times_s = []
+            for token in rest:
+                started_s = time.perf_counter()
+                self._model(token, **options)
+                times_s.append(time.perf_counter() - started_s)
+        return times_s[WARM_UP_STEPS:]
 
     def _prefill(self, tokens: Any) -> None:
         with self._torch.inference_mode():
