@@ -22,8 +22,9 @@ from petals_server.scheduling.plan import RowPart
 class Bench:
     """A span of two blocks, a cache and one row in it."""
 
-    def __init__(self, folder: Path, family: str) -> None:
-        make_checkpoint(folder, family, num_blocks=2)
+    def __init__(self, folder: Path, family: str, *, width: int = 64) -> None:
+        self.width = width
+        make_checkpoint(folder, family, num_blocks=2, hidden_size=width)
         self.span = load_span(Checkpoint.open(folder), 0, 2)
         layout = find_layout(self.span)
         assert layout.form is Form.PACKED
@@ -41,7 +42,7 @@ class Bench:
         return Batch([row], self.cache, first_layer=0)
 
     def states(self, count: int) -> torch.Tensor:
-        return torch.randn(count, 64, generator=self.generator)
+        return torch.randn(count, self.width, generator=self.generator)
 
     @torch.inference_mode()
     def plain(self, hidden: torch.Tensor, past: int) -> torch.Tensor:
@@ -66,6 +67,15 @@ def test_programs_compute_what_the_model_computes(family: str, tmp_path: Path) -
         hidden = bench.states(count)
         assert torch.equal(bench.replayed(hidden, past), bench.plain(hidden, past))
         past += count
+
+
+def test_programs_of_a_few_rows_of_large_layers_compute_the_same_in_another_order(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "llama", width=512)
+    bench.plain(bench.states(20), 0)
+    for count in (2, 3, 4, 2, 5):
+        hidden = bench.states(count)
+        torch.testing.assert_close(bench.replayed(hidden, 20), bench.plain(hidden, 20), rtol=1e-4, atol=1e-4)
+    assert not bench.programs.is_broken
 
 
 def test_nothing_is_learnt_from_states_that_are_no_numbers(tmp_path: Path) -> None:
