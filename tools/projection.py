@@ -13,6 +13,11 @@ the first server together; it computes one after another, and the last one still
 
     forward = transfer(all) + micro-batches * compute + (servers - 1) * compute + (2 * servers - 1) * transfer(one)
 
+That is the earlier Petals, and this project with too few micro-batches for a ring. Otherwise its micro-batches go from
+the client around the ring of servers and follow each other, so that all servers and links are at work at once:
+
+    forward = (servers + 1) * transfer(one) + servers * compute + (micro-batches - 1) * slowest stage
+
 A transfer is half a round trip and what TCP takes, whose window starts with ten segments and doubles with every round
 trip (RFC 6928, RFC 5681), here up to a bound.
 """
@@ -35,7 +40,7 @@ MODEL_STEP_S = 0.284
 (https://huggingface.co/blog/bloom-inference-pytorch-scripts, "accelerate int8", batch 1)."""
 ATTENTION_S_PER_TOKEN = 0.0646 / 1920
 """What the cache's length adds to a step, from the published 1.71 and 1.54 steps/s at 128 and 2,048 tokens."""
-HOP_S = 0.00084
+HOP_S = 0.0014
 """What a hop of this project adds, ``tools/bench_hop.py``, thin model, three servers (docs/benchmarks.md)."""
 TOKENS_PER_TRIP = 2.5
 """With a draft model that is accepted as often as the demo model's has to be (``tools/bench_speculation.py``)."""
@@ -43,6 +48,9 @@ FORWARD_TOKENS = 128
 """Of each row of a parallel forward."""
 MICRO_BATCH_TOKENS = 1024
 """At most in one micro-batch, by default, in the earlier Petals."""
+PARTS_PER_STAGE, MIN_PART_TOKENS, MAX_PART_TOKENS, MIN_PARTS_PER_SERVER = 4, 128, 512, 2
+"""How this project cuts a forward that goes around the ring, and how many parts it must have (``petals_client.window``,
+``petals_client.ring_forward``)."""
 FIRST_WINDOW_BYTES = 10 * 1460
 EARLIER_WINDOW_BYTES = 448_000
 """How much of a transfer of the earlier Petals is under way at most. Not published: chosen for the two rows at 100 ms;
@@ -132,6 +140,20 @@ class Forward:
         )
         return way_s + (num_parts + self.num_servers - 1) * compute_s
 
+    def ring_s(self, row: ForwardRow) -> float | None:
+        """Seconds around the ring; None where there are too few micro-batches, which are carried then."""
+        num_tokens = row.num_rows * FORWARD_TOKENS
+        wanted = -(-num_tokens // (PARTS_PER_STAGE * (self.num_servers + 1)))
+        part_tokens = min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, wanted))
+        num_parts = -(-num_tokens // part_tokens)
+        if num_parts < MIN_PARTS_PER_SERVER * self.num_servers:
+            return None
+        num_bytes = part_tokens * HIDDEN_SIZE * self.state_bytes
+        compute_s = micro_batch_s(part_tokens) + self.hop_s
+        slowest_s = max(compute_s, 8 * num_bytes / row.rate_bits_per_s)
+        first_s = (self.num_servers + 1) * self.transfer_s(row, num_bytes) + self.num_servers * compute_s
+        return first_s + (num_parts - 1) * slowest_s
+
     def transfer_s(self, row: ForwardRow, num_bytes: float) -> float:
         """Seconds until so many bytes have arrived over a connection that was idle."""
         total_s, window_bytes = row.round_trip_s / 2, float(FIRST_WINDOW_BYTES)
@@ -142,6 +164,12 @@ class Forward:
             total_s += max(sending_s, row.round_trip_s) if num_bytes > 0 else sending_s
             window_bytes *= 2
         return total_s
+
+
+def micro_batch_s(num_tokens: int) -> float:
+    """What a server computes on a micro-batch, on a line through the two sizes of the published rows."""
+    slope_s = (FORWARD_S[64] - FORWARD_S[1]) / (MICRO_BATCH_TOKENS - FORWARD_TOKENS)
+    return FORWARD_S[1] + slope_s * (num_tokens - FORWARD_TOKENS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +196,8 @@ def project_forwards(hop_s: float) -> Sequence[ForwardProjection]:
         ForwardProjection(
             row=row,
             modelled=row.num_rows * FORWARD_TOKENS / earlier.forward_s(row),
-            ours=row.num_rows * FORWARD_TOKENS / ours[0].forward_s(row),
-            ours_in_int8=row.num_rows * FORWARD_TOKENS / ours[1].forward_s(row),
+            ours=row.num_rows * FORWARD_TOKENS / (ours[0].ring_s(row) or ours[0].forward_s(row)),
+            ours_in_int8=row.num_rows * FORWARD_TOKENS / (ours[1].ring_s(row) or ours[1].forward_s(row)),
         )
         for row in FORWARD_ROWS
     ]

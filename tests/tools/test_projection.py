@@ -39,6 +39,20 @@ def test_published_forwards_come_out(row: projection.ForwardProjection) -> None:
     assert row.ours < row.ours_in_int8
 
 
+def test_forwards_go_around_the_ring_where_there_are_micro_batches_enough() -> None:
+    forward = projection.Forward(state_bytes=2, window_bytes=projection.OWN_WINDOW_BYTES)
+    few, many = projection.FORWARD_ROWS[1], projection.FORWARD_ROWS[4]
+    assert forward.ring_s(few) is None
+    around_s = forward.ring_s(many)
+    assert around_s is not None
+    assert 18 * projection.micro_batch_s(512) < around_s < forward.forward_s(many)
+    assert projection.micro_batch_s(128) == pytest.approx(projection.FORWARD_S[1])
+    assert projection.micro_batch_s(1024) == pytest.approx(projection.FORWARD_S[64])
+    narrow = dataclasses.replace(many, rate_bits_per_s=1e7)
+    link_s = 8 * 512 * projection.HIDDEN_SIZE * 2 / 1e7
+    assert forward.ring_s(narrow) == pytest.approx(19 * link_s + 3 * projection.micro_batch_s(512), rel=0.01)
+
+
 def test_a_transfer_grows_its_window_with_every_round_trip() -> None:
     slow = projection.FORWARD_ROWS[2]
     forward = projection.Forward(state_bytes=1, window_bytes=10 * projection.FIRST_WINDOW_BYTES)
