@@ -6,7 +6,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from petals_client import AutoDistributedModelForCausalLM, ClientOptions
+from petals_client.part_states import decode_states
+from petals_client.swarm import Swarm
+from petals_client.swarm_session import SwarmSession
 from petals_core.errors import MissingBlocksError, PetalsError
+from petals_core.steps import StepRequest
+from petals_core.tensors.codec import encode
+from petals_core.tensors.states import States
 from petals_server.config import ServerLimits
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -128,6 +135,123 @@ def test_a_long_prompt_is_interrupted(new_swarm: Any, checkpoints: Any, local: A
         given = model.generate(tokens, max_new_tokens=4, **GREEDY)
         timer.join()
     assert torch.equal(given, local.generate(tokens, max_new_tokens=4, **GREEDY))
+
+
+async def penalties(swarm: Swarm) -> set[float]:
+    """What is held against anybody."""
+    now_s = asyncio.get_running_loop().time()
+    return {swarm.health.penalty_s(peer_id, now_s=now_s) for peer_id in await swarm.directory.servers()}
+
+
+def test_a_server_that_makes_room_for_an_older_session(new_swarm: Any, checkpoints: Any, local: Any) -> None:
+    """The younger session loses its pages there; it is computed again where it was, and nobody is blamed."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    tight = [swarm.add(folder, start, end, cache_tokens=208 if start == 2 else 1024) for start, end in SPANS][1]
+    tokens = prompt(10, width=180)
+    with connect(folder, swarm) as older, connect(folder, swarm) as model, ExitStack() as stack:
+        stack.enter_context(older.inference_session(max_length=192))
+        older.generate(prompt(11), max_new_tokens=2, **GREEDY)
+
+        def squeeze() -> None:
+            older.generate(None, max_new_tokens=30, **GREEDY)  # within what it was promised
+            stack.close()
+
+        given = model.generate(tokens, max_new_tokens=12, stopping_criteria=[At(4, squeeze)], **GREEDY)
+        assert tight._handler.sessions.num_evicted == 1
+        assert model.remote_blocks.chain.run(penalties) == {0.0}
+    assert torch.equal(given, local.generate(tokens, max_new_tokens=12, **GREEDY))
+
+
+def test_a_server_that_gives_up_an_idle_session(new_swarm: Any, checkpoints: Any, local: Any) -> None:
+    swarm, folder = new_swarm(), checkpoints("llama")
+    for start, end in SPANS:
+        swarm.add(folder, start, end, limits=ServerLimits(max_idle_s=0.3) if start == 2 else ServerLimits())
+    tokens = prompt(12)
+    with connect(folder, swarm) as model, model.inference_session(max_length=40):
+        model.generate(tokens, max_new_tokens=3, **GREEDY)
+        swarm.wait_for_sessions(2)
+        given = model.generate(None, max_new_tokens=4, **GREEDY)
+        assert model.remote_blocks.chain.run(penalties) == {0.0}
+    assert torch.equal(given[:, -4:], local.generate(tokens, max_new_tokens=7, **GREEDY)[:, -4:])
+
+
+@contextmanager
+def freezable(swarm: Any, new_swarm: Any) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Servers of the same swarm that can be frozen all at once: their connections stay open and take nothing."""
+    others, release = new_swarm(), threading.Event()
+    others.initial_peers = swarm.initial_peers
+    try:
+        yield others, lambda: others._loop.call_soon_threadsafe(release.wait)
+    finally:
+        release.set()
+
+
+def test_a_server_that_hangs_while_much_is_sent(new_swarm: Any, checkpoints: Any) -> None:
+    """More than may wait for the network: the sender is stuck, and still the server is given up by the step's clock."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    num_rows, num_columns = 64, 320
+    tokens = torch.randn(num_rows * num_columns, 64, generator=torch.Generator().manual_seed(0))
+
+    def parts(columns: int) -> list[tuple[StepRequest, States]]:
+        spec, payload = encode(tokens[: num_rows * columns])
+        request = StepRequest(keep=0, row_tokens=(columns,) * num_rows)
+        return [(replace(request, keep=keep), States(spec=spec, payload=payload)) for keep in (0, columns)]
+
+    async def run(others: Any, freeze: Callable[[], None]) -> None:
+        hung = await asyncio.to_thread(others.add, folder, 0, 1, cache_tokens=65_536)
+        client = Swarm(
+            ClientOptions.make(initial_peers=swarm.initial_peers),
+            model_name="tiny",
+            fingerprint=hung.model.fingerprint,
+            num_blocks=6,
+            torch_dtype="float32",
+        )
+        session, undisturbed = (
+            SwarmSession(client, start=0, end=1, num_rows=num_rows, max_length=2 * num_columns) for _ in range(2)
+        )
+        try:
+            await session.open()
+            await session.step(parts(2))  # what such parts take is known now
+            other = await asyncio.to_thread(swarm.add, folder, 0, 1, cache_tokens=65_536)
+            await client.directory.refresh()
+            assert [hop.peer_id for hop in session.chain] == [hung.peer_id]
+            freeze()
+            given = await session.step(parts(num_columns))
+            assert [hop.peer_id for hop in session.chain] == [other.peer_id]
+            record = client.health.record(hung.peer_id)
+            assert record is not None
+            assert record.reason.startswith("no answer to a step within")
+            session.close()  # its room is needed
+            await undisturbed.open()
+            for one, two in zip(given, await undisturbed.step(parts(num_columns)), strict=True):
+                assert torch.equal(decode_states(one), decode_states(two))
+        finally:
+            session.close()
+            undisturbed.close()
+            await client.close()
+
+    with freezable(swarm, new_swarm) as (others, freeze):
+        asyncio.run(run(others, freeze))
+
+
+def test_a_server_falls_silent_while_another_is_replaced(new_swarm: Any, checkpoints: Any, local: Any) -> None:
+    """The one that is to send what it has kept: nobody waits for it as long as it may take to connect."""
+    swarm, folder = new_swarm(), checkpoints("llama")
+    tokens = prompt(13)
+    with freezable(swarm, new_swarm) as (others, freeze):
+        others.add(folder, *SPANS[0])
+        leaving, _ = (swarm.add(folder, start, end) for start, end in SPANS[1:])
+
+        def strike() -> None:
+            for start, end in SPANS[:2]:
+                swarm.add(folder, start, end)
+            model.remote_blocks.chain.run(lambda known: known.directory.refresh())
+            swarm.remove(leaving)
+            freeze()
+
+        with connect(folder, swarm, connect_timeout_s=600.0) as model:
+            given = model.generate(tokens, max_new_tokens=8, stopping_criteria=[At(3, strike)], **GREEDY)
+    assert torch.equal(given, local.generate(tokens, max_new_tokens=8, **GREEDY))
 
 
 def test_servers_that_can_not_reach_each_other(

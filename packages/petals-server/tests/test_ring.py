@@ -16,16 +16,20 @@ import torch
 
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import (
+    DeadlineExceededError,
     InvalidRequestError,
     NextHopError,
     NoSessionError,
     OutputsGoneError,
     PetalsError,
+    RemoteFailureError,
 )
 from petals_core.identity import Identity
 from petals_core.net.dialer import Dialer
 from petals_core.net.rpc import call
+from petals_core.steps import StepRequest
 from petals_core.tensors.codec import TensorSpec, decode, encode
+from petals_core.tensors.states import States
 from petals_core.testing.network import run_clean
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
@@ -260,6 +264,43 @@ def test_a_replay_ends_with_its_session(checkpoint: Path) -> None:
                 release.set()
             with pytest.raises(NoSessionError):
                 await replaying
+            await busy
+
+    run_clean(run())
+
+
+def test_a_replay_that_can_not_be_done_ends_the_session(checkpoint: Path) -> None:
+    """Whatever went wrong: neither who asked nor the session is left waiting."""
+
+    async def run() -> None:
+        async with chain(checkpoint) as (to_first, to_second, first, _):
+            await connect(to_first, to_second)
+            ring = to_first.server._handler.ring._sessions[IDS[0]]
+            for number, order in enumerate((None, (7,))):  # there is no row 7
+                kept = StepRequest(keep=3 * number, row_tokens=(3,), row_order=order)
+                ring.kept.append(number, kept, States(spec=encode(STATES)[0], payload=()), 1)
+            request = Replay(session_id=IDS[0], attempt=1, before=2, passes=0, max_tokens=9, deadline_ms=5000)
+            with pytest.raises(NoSessionError):
+                await ask(to_first, request, Replayed)
+            with pytest.raises(RemoteFailureError, match="internal error"):
+                await first.stream.receive(timeout_s=TIMEOUT_S)
+
+    run_clean(run())
+
+
+def test_a_replay_whose_turn_does_not_come_in_time(checkpoint: Path) -> None:
+    async def run() -> None:
+        async with chain(checkpoint) as (to_first, to_second, first, _):
+            await connect(to_first, to_second)
+            release = threading.Event()
+            busy = asyncio.create_task(to_first.server._engine.call(release.wait))
+            try:
+                await first.stream.send(*step(0, STATES, 0))
+                request = Replay(session_id=IDS[0], attempt=1, before=1, passes=0, max_tokens=9, deadline_ms=1)
+                with pytest.raises(DeadlineExceededError, match="were not done in time"):
+                    await ask(to_first, request, Replayed)
+            finally:
+                release.set()
             await busy
 
     run_clean(run())

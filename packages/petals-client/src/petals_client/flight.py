@@ -28,6 +28,8 @@ class Flight:
         self.news_s = time.perf_counter()
         """When the last part came back, or the first was sent."""
         self.is_decode = len(parts) == 1 and parts[0][1].spec.shape[0] <= MAX_DECODE_TOKENS
+        self.num_begun = 0
+        """How often parts were to be sent."""
         self._sent_s: dict[int, float] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
@@ -49,6 +51,7 @@ class Flight:
 
     def begin(self) -> None:
         """All parts that have not come back are to be sent, once more if they were."""
+        self.num_begun += 1
         self._interruption = None
         self._sent_s.clear()
         self.window.num_in_flight = 0

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from petals_client.adaptation import Adaptation
+from petals_client.liveness import attend
 from petals_client.session import HopSession
 from petals_client.swarm import Servers, Swarm, explain_failure
 from petals_core.announcement import SignedAnnouncement
@@ -219,9 +220,8 @@ class ChainOpener:
         )
 
         async def send(fields: dict[str, Any]) -> HopSession:
-            return await HopSession.open(
-                hop, server, connection, replace(request, **fields), payload, timeout_s=timeout_s
-            )
+            opening = HopSession.open(hop, server, connection, replace(request, **fields), payload, timeout_s=timeout_s)
+            return await attend(opening, connection, drop=self._swarm.drop)
 
         return await self._swarm.tuning.request(server, hop.start, hop.end, self._adaptation, send)
 

@@ -179,7 +179,8 @@ class SwarmSession:
             PetalsError: the step can't be done.
         """
         sender: asyncio.Task[None] | None = None
-        if len(flight.parts) - len(flight.results) == 1 and flight.parts[-1][1].spec.num_bytes <= BACKLOG_BYTES:
+        if len(flight.parts) == flight.num_begun == 1 and flight.parts[-1][1].spec.num_bytes <= BACKLOG_BYTES:
+            # Nothing is queued before it, so this does not wait for a server that takes nothing.
             await self._send(flight, flight.next_number)
         else:
             sender = asyncio.create_task(self._send_all(flight))
@@ -188,7 +189,7 @@ class SwarmSession:
         try:
             while not await flight.end(self.patience.wait_s(is_decode=flight.is_decode, num_looks=num_looks)):
                 num_looks += 1
-                await self._recovery.look(flight)
+                await self._recovery.lookout.look(flight)
         finally:
             if sender is not None:
                 sender.cancel()
@@ -231,7 +232,7 @@ class SwarmSession:
         if not is_for_us or isinstance(body, Step):
             return
         if not body.tensors:
-            self._recovery.acknowledged(hop, body.step)
+            self._recovery.rebuilding.acknowledged(hop, body.step)
         elif hop is self.hops[-1] and self._flight is not None:
             self._take(self._flight, body, message)
 

@@ -138,12 +138,15 @@ class RingSession:
         finally:
             worker.cancel()
             await asyncio.wait([worker])
-            for future in self._replays:
-                if not future.done():
-                    future.set_exception(_no_session())
             for stream in (self._inlet, self._outlet):
                 if stream is not None:
                     stream.cancel()
+
+    def forget_replays(self) -> None:
+        """Nobody will do what was asked for: the session is over."""
+        for future in self._replays:
+            if not future.done():
+                future.set_exception(_no_session())
 
     def _note_arrival(self, stream: Stream, event: MessageReceived) -> None:
         """Put what the client or the server before has sent at the end of the queue."""
@@ -159,23 +162,27 @@ class RingSession:
     # --- computing ----------------------------------------------------------------------------------------------------
 
     async def _work(self, handle: StepHandler) -> None:
-        while True:
-            item = await self._inbox.get()
-            if not isinstance(item, _Arrival):
-                await self._replay(*item)
-                continue
-            step = await self._open(item)
-            if step is None or step.attempt < self._attempt or step.attempt == self._failed_attempt:
-                continue
-            try:
-                await handle(self, step, item.event.message, item.arrived_s)
-            except PetalsError as error:
-                await self._fail(error, step.attempt)
-            except Exception:
-                log.exception("a step of a session of peer %s failed", self.client)
-                self._stream.cancel(RemoteFailureError("internal error of the server"))
-                raise
-            self._active_s = time.monotonic()
+        """Do what the inbox holds, one after another; an error that is nobody's request's ends the session."""
+        try:
+            while True:
+                item = await self._inbox.get()
+                if isinstance(item, _Arrival):
+                    await self._do(handle, item)
+                else:
+                    await self._replay(*item)
+        except Exception:
+            log.exception("a session of peer %s failed", self.client)
+            self.end(RemoteFailureError("internal error of the server"))
+
+    async def _do(self, handle: StepHandler, arrival: _Arrival) -> None:
+        step = await self._open(arrival)
+        if step is None or step.attempt < self._attempt or step.attempt == self._failed_attempt:
+            return
+        try:
+            await handle(self, step, arrival.event.message, arrival.arrived_s)
+        except PetalsError as error:
+            await self._fail(error, step.attempt)
+        self._active_s = time.monotonic()
 
     async def _open(self, arrival: _Arrival) -> Step | None:
         """The step that has arrived; None if it counts no more, or is something else."""
@@ -276,26 +283,31 @@ class RingSession:
             OutputsGoneError: they were not kept.
             NextHopError: the next server can't be reached.
             NoSessionError: the session has ended meanwhile.
+            DeadlineExceededError: its turn did not come in time.
         """
         self._begin_attempt(request.attempt)
         future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._replays.add(future)
         self._inbox.put_nowait((request, future))
         try:
-            return await future
+            async with asyncio.timeout(request.deadline_ms / 1000):
+                return await future
+        except TimeoutError:
+            raise DeadlineExceededError("the session's steps before the replay were not done in time") from None
         finally:
             self._replays.discard(future)
 
     async def _replay(self, request: Replay, future: asyncio.Future[int | None]) -> None:
         """Answer before sending: to send takes as long as the next server takes to compute."""
+        if future.done():
+            return  # nobody waits for it any more
         try:
             steps = None
             if self.kept.is_complete and request.attempt == self._attempt:
                 steps = straighten(self.kept.before(request.before), select_rows)
             if steps is None:
                 raise OutputsGoneError("the outputs of this session were not kept: replay what comes before")
-            if not future.done():
-                future.set_result(steps[-1][0] if steps else None)
+            future.set_result(steps[-1][0] if steps else None)
             deadline_s = time.monotonic() + request.deadline_ms / 1000
             for number, each, states in merge(steps, join_states, request.max_tokens):
                 if request.attempt < self._attempt:
@@ -406,6 +418,7 @@ class RingTable:
             yield session
         finally:
             del self._sessions[session_id]
+            session.forget_replays()
             self.kept_bytes -= session.kept.num_bytes
 
     async def serve(self, stream: Stream, request: RingRequest) -> None:

@@ -93,7 +93,7 @@ def test_what_has_turns_of_its_own_is_cut_for_those_who_decode(urgency: Urgency)
     assert planned(server.plan(0.0)) == [(work, 512)]
     sizes = []
     for turn in range(20):
-        server.add(request(), 0.1 * turn)
+        server.add(request(session="decoding"), 0.1 * turn)
         plan = server.plan(0.1 * turn)
         sizes += [count for each, count in planned(plan) if each is work]
         assert isinstance(plan, Plan)
@@ -180,9 +180,25 @@ def test_pace_follows_what_turns_take() -> None:
     pace = Pace(decode_tokens_per_s=20, bulk_tokens_per_s=100, max_turn_tokens=512)
     slow = pace.bulk_tokens(8, 0.0)
     for turn in range(30):
-        pace.note_turn(num_decode=8, num_bulk=0, seconds=0.1, decoded=[], now_s=float(turn))
-        pace.note_turn(num_decode=8, num_bulk=50, seconds=0.15, decoded=[], now_s=float(turn))
+        pace.note_turn(num_decode=8, num_bulk=0, seconds=0.1, decoded=["one"], now_s=float(turn))
+        pace.note_turn(num_decode=8, num_bulk=50, seconds=0.15, decoded=["one"], now_s=float(turn))
     assert pace.decode_turn_s(8) == pytest.approx(0.1)
     assert pace.bulk_tokens(8, 30.0) == pytest.approx(100, abs=2) != slow  # 1 ms each, as long as the turn itself
     assert pace.bulk_tokens(0, 29.5) < 512  # who decoded a moment ago will be back
+    assert pace.bulk_tokens(0, 29.5, {"two"}) < 512
+    assert pace.bulk_tokens(0, 29.5, {"one", "two"}) == 512  # both have prompts now
     assert pace.bulk_tokens(0, 40.0) == 512
+
+
+def test_nobody_is_held_up_by_a_prompt_of_his_own() -> None:
+    """A conversation goes on, or a session is computed again: its last step was a moment ago."""
+    server = scheduler()
+    for session in ("chat", "other"):
+        server.add(request(session=session), 0.0)
+    plan = server.plan(0.0)
+    assert isinstance(plan, Plan)
+    server.absorb(plan, 0.05, 0.1)
+    server.add(request(400, session="chat"), 0.2)
+    assert planned(server.plan(0.2))[0][1] < 100, "the other one comes back"
+    server.pace.forget("other")
+    assert planned(server.plan(0.2))[0][1] == 400

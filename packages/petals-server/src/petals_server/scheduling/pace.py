@@ -52,7 +52,6 @@ class Pace:
         self._decode_s: dict[int, float] = {0: 1 / max(1e-6, decode_tokens_per_s)}
         """Seconds of turns of 2 ** key sessions that decode, and nothing else."""
         self._last_num_decode = 1
-        self._last_decode_s = float("-inf")
         self._habits: dict[object, _Habit] = {}
         self._returning: set[object] = set()
         """Those of the last turn with decode steps that have not come back."""
@@ -77,7 +76,6 @@ class Pace:
         done."""
         if num_decode:
             self._last_num_decode = num_decode
-            self._last_decode_s = now_s
             if not num_bulk:
                 key = num_decode.bit_length() - 1
                 self._decode_s[key] = _average(self._decode_s.get(key), seconds)
@@ -134,11 +132,15 @@ class Pace:
     def _max_wait_s(self) -> float:
         return min(MAX_WAIT_S, MAX_WAIT_SHARE * self.decode_turn_s(1))
 
-    def bulk_tokens(self, num_decode: int, now_s: float) -> int:
-        """How many tokens of other requests may be in a turn with so many of decode steps."""
+    def bulk_tokens(self, num_decode: int, now_s: float, present: Set[object] = frozenset()) -> int:
+        """How many tokens of other requests may be in a turn with so many of decode steps.
+
+        ``present`` are the sessions whose requests these are: nobody is held up by a prompt of his own.
+        """
         if num_decode:
             allowed_s = BULK_SHARE * self.decode_turn_s(num_decode)
-        elif now_s - self._last_decode_s < _DECODING_S:  # who decodes will be back before such a turn is over
+        elif any(now_s - habit.done_s < _DECODING_S and each not in present for each, habit in self._habits.items()):
+            # Who decodes will be back before such a turn is over.
             allowed_s = BULK_SHARE * self.decode_turn_s(self._last_num_decode)
         else:
             return self._max_turn_tokens

@@ -80,7 +80,7 @@ class Scheduler:
             if first.key is None:
                 count = min(first.num_tokens_left, first.max_turn_tokens)
                 if first.urgency is not Urgency.DECODE:
-                    count = min(count, self.pace.bulk_tokens(0, now_s))
+                    count = min(count, self.pace.bulk_tokens(0, now_s, {first.session}))
                 part = self._take(first, count, now_s)
                 if part is not None:
                     return Plan(parts=(part,))
@@ -93,7 +93,7 @@ class Scheduler:
                     if part is not None:
                         parts.append(part)
                         num_decode += part.num_tokens
-            budget = self.pace.bulk_tokens(num_decode, now_s)
+            budget = self.pace.bulk_tokens(num_decode, now_s, {request.session for request in alike})
             for request in alike:
                 if request.urgency is not Urgency.DECODE and budget > 0 and not is_full:
                     part = self._take(request, min(request.num_tokens_left, request.max_turn_tokens, budget), now_s)
