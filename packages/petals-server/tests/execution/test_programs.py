@@ -10,7 +10,7 @@ import torch
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.split import load_span
 from petals_core.testing.factories import make_checkpoint
-from petals_server.cache.pages import CachePages, PageTable, plan_groups
+from petals_server.cache.pages import CachePages, PageRun, SessionPages, plan_groups
 from petals_server.cache.tensors import CacheTensors
 from petals_server.execution import attention
 from petals_server.execution.batch import Batch, active
@@ -31,7 +31,7 @@ class Bench:
         windows = [kind.window for kind in layout.kinds]
         pages = CachePages(plan_groups(windows, num_tokens=400, page_tokens=4), page_tokens=4)
         self.cache = CacheTensors(layout.kinds, pages, dtype=torch.float32, device=torch.device("cpu"))
-        self.table: PageTable = pages.open(1)
+        self.table: SessionPages = pages.open(1)
         self.table.grow([0], [120])
         self.table.grow_window(0, 0, 120)
         self.programs = StepPrograms(self.span)
@@ -76,6 +76,23 @@ def test_programs_of_a_few_rows_of_large_layers_compute_the_same_in_another_orde
         hidden = bench.states(count)
         torch.testing.assert_close(bench.replayed(hidden, 20), bench.plain(hidden, 20), rtol=1e-4, atol=1e-4)
     assert not bench.programs.is_broken
+
+
+def test_a_token_alone_is_computed_without_python_where_its_pages_follow_each_other(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "llama")
+    bench.plain(bench.states(20), 0)
+    bench.replayed(bench.states(1), 20)
+    assert bench.programs.is_traced
+    (run,) = bench.table.runs(0)
+    pages = tuple(range(run.pages[0], run.pages[0] + 30))
+    scattered = RowPart(
+        row=0, start=0, count=1, past=21, runs=(PageRun(first_token=0, pages=pages, is_consecutive=False),)
+    )
+    hidden, positions = bench.states(1), torch.tensor([21])
+    with torch.inference_mode():
+        output = bench.programs.run(hidden, positions, Batch([scattered], bench.cache, first_layer=0))
+    assert torch.allclose(output, bench.plain(hidden, 21), atol=1e-5)
+    assert torch.equal(bench.replayed(hidden, 21), bench.plain(hidden, 21))
 
 
 def test_nothing_is_learnt_from_states_that_are_no_numbers(tmp_path: Path) -> None:

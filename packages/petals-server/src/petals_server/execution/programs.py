@@ -29,6 +29,7 @@ from petals_core.models import transformers_attention
 from petals_core.models.split import Span
 from petals_server.execution import attention, few_rows
 from petals_server.execution.batch import Batch
+from petals_server.execution.traces import LoneTrace, Program
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,6 @@ _UNKNOWABLE: Final = (
     torch.Tag.nondeterministic_seeded,
 )
 _state = threading.local()
-Program = Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor]
-"""From hidden states [T, H], positions [T] and the batch that they are to hidden states [T, H]."""
 
 
 class RecordingError(Exception):
@@ -55,6 +54,8 @@ class StepPrograms:
     def __init__(self, span: Span) -> None:
         self._span = span
         self._programs: dict[int, Program] = {}
+        self._trace: LoneTrace | None = None
+        """The program for one token."""
         self.is_broken = False
         """Recording failed once: blocks do something that no program holds."""
 
@@ -66,12 +67,19 @@ class StepPrograms:
         """Whether there is a program for so many tokens."""
         return num_tokens in self._programs
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether the next token of one row is computed without Python."""
+        return self._trace is not None
+
     def run(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Compute a turn that :meth:`fits`, under ``inference_mode``.
 
         Raises:
             RecordingError: it can't be recorded.
         """
+        if self._trace is not None and (traced_TH := self._trace.run(hidden_TH, positions_T, batch)) is not None:
+            return traced_TH
         program = self._programs.get(hidden_TH.shape[0])
         if program is not None:
             return program(hidden_TH, positions_T, batch)
@@ -86,7 +94,27 @@ class StepPrograms:
             self.is_broken = True
             raise RecordingError(str(error) or type(error).__name__) from error
         self._programs[hidden_TH.shape[0]] = program
+        if hidden_TH.shape[0] == 1:
+            self._trace = self._make_trace(program, output_TH, hidden_TH, positions_T, batch)
         return output_TH
+
+    def _make_trace(
+        self,
+        program: Program,
+        output_TH: torch.Tensor,
+        hidden_TH: torch.Tensor,
+        positions_T: torch.Tensor,
+        batch: Batch,
+    ) -> LoneTrace | None:
+        try:
+            trace = LoneTrace(program, self._span.num_blocks, hidden_TH, batch)
+            if trace.is_right(output_TH, hidden_TH, positions_T, batch):
+                return trace
+            log.debug("a traced step computes something else")
+        except Exception as error:  # whatever torch has against it
+            log.debug("a step can't be traced: %s", error)
+        program(hidden_TH, positions_T, batch)  # what it writes to the cache may be missing there
+        return None
 
 
 class _Recorder(TorchDispatchMode):

@@ -71,10 +71,11 @@ class Scheduler:
             return Wait(until_s=until_s)
         parts: list[Part] = []
         ordered = self.shares.order(list(self._waiting), now_s)
-        starving = next((each for each in ordered if self._left_out.get(each, 0) >= MAX_TURNS_LEFT_OUT), None)
-        if starving is not None:
-            ordered.remove(starving)
-            ordered.insert(0, starving)
+        if self._left_out and len(ordered) > 1:
+            starving = next((each for each in ordered if self._left_out.get(each, 0) >= MAX_TURNS_LEFT_OUT), None)
+            if starving is not None:
+                ordered.remove(starving)
+                ordered.insert(0, starving)
         is_full = False
         for first in ordered:
             if first.key is None:

@@ -1,0 +1,112 @@
+"""A recorded program for the next token of one row as a single call, that runs without Python.
+
+Nothing comes more often than this step. Its program is traced: what comes out calls the same operations in the same
+order, with the places in the cache as numbers, so that results are equal to the last bit. ``torch.jit`` is deprecated:
+where it is missing, or what it makes computes something else, steps are computed by the program as it is.
+
+Letters: T tokens of the packed row, H hidden size.
+"""
+
+# ruff: noqa: N803, N806 -- tensors are named by their shape
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from petals_server.cache.tensors import CacheTensors
+from petals_server.execution.batch import Batch, RowView, first_seen
+
+Program = Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor]
+"""From hidden states [T, H], positions [T] and the batch that they are to hidden states [T, H]."""
+_NUM_TRIALS: Final = 3
+"""The first runs of a trace are watched by torch, which then changes it."""
+
+
+class _NumberedBatch(Batch):
+    """One token of one row whose places in the cache are tensors, so that a trace holds for all places."""
+
+    def __init__(self, cache: CacheTensors, first_layer: int, slots: dict[int, Any], views: dict[int, Any]) -> None:
+        super().__init__([], cache, first_layer=first_layer)
+        self.num_tokens = 1
+        self._slots_T.update(slots)
+        self._views.update(views)
+
+
+class LoneTrace:
+    """A program for one token of one row. Not for use in several threads at once."""
+
+    def __init__(self, program: Program, num_blocks: int, hidden_TH: torch.Tensor, batch: Batch) -> None:
+        """Trace ``program``, under ``inference_mode``, with a batch that it has computed from ``hidden_TH``.
+
+        Raises:
+            Exception: whatever torch has against it.
+        """
+        self._cache, self._first_layer = batch.cache, batch.first_layer
+        self._layers = range(batch.first_layer, batch.first_layer + num_blocks)
+        self._groups = tuple(dict.fromkeys(batch.cache.group_of[layer] for layer in self._layers))
+        self._kinds = {batch.cache.kind_of[layer]: layer for layer in self._layers}
+        """A block of each kind."""
+
+        def compute(hidden_TH: torch.Tensor, positions_T: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+            slots = {group: numbers[index : index + 1] for index, group in enumerate(self._groups)}
+            views = {}
+            for index, kind in enumerate(self._kinds):
+                at = len(self._groups) + 2 * index
+                places = slice(numbers[at], numbers[at + 1])
+                views[kind] = [RowView(start=0, count=1, slots=places, is_causal=False, mask=None)]
+            return program(hidden_TH, positions_T, _NumberedBatch(self._cache, self._first_layer, slots, views))
+
+        numbers = self._numbers(batch)
+        if numbers is None:
+            raise RuntimeError("the row's pages do not follow each other")
+        positions_T = torch.tensor([batch.rows[0].past])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._function: Any = torch.jit.trace(
+                compute, (hidden_TH, positions_T, torch.tensor(numbers)), check_trace=False
+            )
+
+    def run(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """What the program gives, under ``inference_mode``; None if the batch is of another form."""
+        if len(batch.rows) != 1 or batch.num_tokens != 1 or batch.cache is not self._cache:
+            return None
+        numbers = self._numbers(batch)
+        if numbers is None:
+            return None
+        output_TH: torch.Tensor = self._function(hidden_TH, positions_T, torch.tensor(numbers))
+        return output_TH
+
+    def is_right(
+        self, expected_TH: torch.Tensor, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch
+    ) -> bool:
+        """Whether it gives what is expected, from a cache without the new token, in each of its first runs."""
+        for _ in range(_NUM_TRIALS):
+            for layer in self._layers:
+                slots_T = batch.slots_T(self._cache.group_of[layer])
+                self._cache.keys_SGD[layer].index_fill_(0, slots_T, 0)
+                self._cache.values_SGD[layer].index_fill_(0, slots_T, 0)
+            output_TH = self.run(hidden_TH, positions_T, batch)
+            if output_TH is None or not torch.equal(output_TH, expected_TH):
+                return False
+        return True
+
+    def _numbers(self, batch: Batch) -> list[int] | None:
+        """Where the new token goes in each group, and what it sees in blocks of each kind; None: not in one piece."""
+        row = batch.rows[0]
+        page_tokens = self._cache.page_tokens
+        bases = {}
+        numbers = []
+        for group in self._groups:
+            run = row.runs[group]
+            if not run.is_consecutive:
+                return None
+            bases[group] = base = run.pages[0] * page_tokens - run.first_token
+            numbers.append(base + row.past)
+        for layer in self._kinds.values():
+            base = bases[self._cache.group_of[layer]]
+            numbers += (base + first_seen(row.past, self._cache.kinds[layer]), base + row.past + 1)
+        return numbers
