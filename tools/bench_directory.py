@@ -118,6 +118,8 @@ class Bench:
             fingerprint=fingerprint(model),
             public_name=f"server {number}",
             version="0.1.0",
+            start=4 * (number // self.options.models % 3),
+            end=4 * (number // self.options.models % 3) + 4,
         )
 
     async def announce(self, title: str, count: int) -> None:
