@@ -21,6 +21,7 @@ from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_core.errors import (
     ConfigurationError,
+    DrainingError,
     InvalidRequestError,
     MissingBlocksError,
     RemoteFailureError,
@@ -94,6 +95,7 @@ def test_a_ban_changes_the_very_next_plan_and_the_least_bad_is_tried(folder: Pat
                 ((hop,), _) = await client.plan(0, NUM_BLOCKS)
                 assert hop.peer_id not in banned
                 client.blame(hop.peer_id, InvalidRequestError("the client's own mistake"))
+                client.blame(hop.peer_id, DrainingError("it is about to stop"))
                 assert client.health.penalty_s(hop.peer_id, now_s=asyncio.get_running_loop().time()) == 0.0
                 banned.append(hop.peer_id)
                 for _ in range(3 - len(banned) + 1):  # the last one is the least bad

@@ -18,7 +18,6 @@ from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import (
     AuthenticationError,
     Disposition,
-    DrainingError,
     MissingBlocksError,
     OverloadedError,
     PetalsError,
@@ -125,8 +124,7 @@ class ChainOpener:
             for hop, result in zip(chain, results, strict=True):
                 if not isinstance(result, PetalsError):
                     continue
-                if not isinstance(result, DrainingError):
-                    self._swarm.blame(hop.peer_id, result)
+                self._swarm.blame(hop.peer_id, result)
                 failure = explain_failure(hop, result)
                 if result.disposition is Disposition.GIVE_UP:
                     raise failure from result

@@ -287,7 +287,9 @@ class Swarm:
         return None if known is None else known.round_trip_s
 
     def blame(self, peer_id: PeerId, error: PetalsError) -> None:
-        """Note a server's failure, so that the next plan avoids it."""
+        """Note a server's failure, so that the next plan avoids it. Who is about to stop is not at fault."""
+        if isinstance(error, DrainingError):
+            return
         self.health.record_failure(peer_id, error, now_s=asyncio.get_running_loop().time())
         _logger.info("server %s failed: %s", peer_id.short, error.message)
 
