@@ -88,6 +88,22 @@ def test_steps_of_a_session(pair: Any, blocks: Any) -> None:
         session.step(hidden)
 
 
+def test_states_that_are_not_wanted_do_not_come_back(pair: Any, blocks: Any) -> None:
+    """Of a prompt in parts; the rows begin at different columns, and what comes later sees all of it."""
+    hidden, more = states(pair, 2, 70), states(pair, 2, 2, seed=1)
+    valid = torch.ones(2, 70, dtype=torch.bool)
+    valid[1, :5] = False
+    rows = [hidden[:1], hidden[1:, 5:]]
+    order = list(range(len(blocks)))
+    with blocks.inference_session(max_length=72) as session:
+        actual = session.step(hidden, valid=valid, num_wanted=3)
+        following = session.step(more)
+    assert actual[:, :48].count_nonzero() == 0, "three parts"
+    assert_close(actual[:, -3:], torch.cat([run_locally(pair, order, row)[:, -3:] for row in rows]))
+    wholes = [torch.cat([row, more[[index]]], dim=1) for index, row in enumerate(rows)]
+    assert_close(following, torch.cat([run_locally(pair, order, whole)[:, -2:] for whole in wholes]))
+
+
 def test_a_session_around_calls(pair: Any, blocks: Any) -> None:
     """Calls of the same blocks go on in the open session; other blocks have nothing to do with it."""
     part, hidden = blocks[1:4], states(pair, 1, 5)

@@ -74,7 +74,7 @@ class LocalSession:
         """Per row and column a token's hidden state and position, None for what was never sent."""
         chain.open_sessions.add(self)
 
-    def step(self, hidden: Tensor, request: StepRequest) -> Tensor:
+    def step(self, hidden: Tensor, request: StepRequest, *, num_wanted: int | None = None) -> Tensor:
         self.chain.num_steps += 1
         if self.chain.fail_next_step:
             self.chain.fail_next_step = False

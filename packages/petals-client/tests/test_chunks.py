@@ -12,19 +12,19 @@ counts = st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any).map(tup
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts, st.integers(1, 12))
-def test_columns(row_tokens: tuple[int, ...], max_tokens: int) -> None:
+@given(counts, st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_columns(row_tokens: tuple[int, ...], max_tokens: list[int]) -> None:
     runs = tuple(((10 * row, count),) if count else () for row, count in enumerate(row_tokens))
     request = StepRequest(keep=7, row_tokens=row_tokens, row_order=(0,) * len(row_tokens), position_runs=runs)
     width = max(row_tokens)
     rows: list[list[int]] = [[] for _ in row_tokens]
     positions: list[list[int]] = [[] for _ in row_tokens]
     columns = 7
-    for index, (step, part) in enumerate(split_columns(request, max_tokens)):
+    for index, (step, part) in enumerate(split_columns(request, *max_tokens)):
         assert step.keep == columns
         assert step.row_order == (request.row_order if index == 0 else None)
         assert step.row_tokens == part.row_tokens == tuple(count for _, count in part.ranges)
-        assert sum(step.row_tokens) <= max(max_tokens, len(row_tokens))
+        assert sum(step.row_tokens) <= max(max_tokens[min(index, len(max_tokens) - 1)], len(row_tokens))
         columns += max(step.row_tokens)
         for row, (first, count) in enumerate(part.ranges):
             rows[row] += range(first, first + count)

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petals_client.window import MAX_PART_TOKENS, FlightWindow, choose_part_tokens
+from petals_client.window import (
+    MAX_PART_TOKENS,
+    MIN_PART_TOKENS,
+    FlightWindow,
+    choose_part_sizes,
+    choose_part_tokens,
+)
 
 
 def simulate(stages_s: list[float], delay_s: float, num_parts: int) -> tuple[float, int]:
@@ -41,7 +47,7 @@ def test_the_slowest_stage_is_kept_busy(stages_s: list[float], delay_s: float) -
 
 def test_little_is_under_way_where_nothing_is_far() -> None:
     _, most = simulate([0.05, 0.05, 0.05], 0.0, 100)
-    assert most <= 10
+    assert most <= 3 * 7  # links and servers, while nothing is known
 
 
 def test_much_is_under_way_where_all_is_far() -> None:
@@ -54,3 +60,21 @@ def test_parts_are_many_and_not_tiny(num_hops: int) -> None:
     assert choose_part_tokens(1, num_hops) >= 32
     assert choose_part_tokens(10**6, num_hops) == MAX_PART_TOKENS
     assert 2048 / choose_part_tokens(2048, 3) >= 16
+
+
+@given(st.integers(1, 20_000), st.integers(1, 12), st.integers(1, 4096), st.none() | st.integers(1, 4096))
+def test_sizes_add_up_and_are_small_at_the_ends(
+    num_tokens: int, num_hops: int, max_tokens: int, part_tokens: int | None
+) -> None:
+    sizes = choose_part_sizes(num_tokens, num_hops, max_tokens=max_tokens, part_tokens=part_tokens)
+    assert sum(sizes) == num_tokens
+    assert 0 < min(sizes) <= max(sizes) <= max_tokens
+    if part_tokens is not None:
+        assert len(set(sizes[:-1])) <= 1
+    elif max(sizes) >= 4 * MIN_PART_TOKENS and len(sizes) > 6:
+        assert sizes[0] == sizes[-1] == max(sizes) // 4
+
+
+def test_sizes_of_a_prompt() -> None:
+    assert choose_part_sizes(2048, 3, max_tokens=4096) == [32, 64, *[128] * 14, 64, 64, 32]
+    assert choose_part_sizes(1, 3, max_tokens=4096) == [1]

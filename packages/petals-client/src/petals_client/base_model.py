@@ -57,6 +57,19 @@ class Generation:
                 session.close()
 
 
+_num_wanted: ContextVar[int | None] = ContextVar("petals wanted columns", default=None)
+
+
+@contextmanager
+def looking_at_last(num_columns: int | None) -> Iterator[None]:
+    """While a head runs its base model: it looks at the states of so many columns, the last ones; None: at all."""
+    token = _num_wanted.set(num_columns)
+    try:
+        yield
+    finally:
+        _num_wanted.reset(token)
+
+
 _generation: ContextVar[Generation | None] = ContextVar("petals generation", default=None)
 
 
@@ -178,4 +191,11 @@ def _read_block_call(
     collector = None
     if call.output_hidden_states is not False:
         collector = StateCollector(wanted=select_states(call.output_hidden_states, len(blocks)))
-    return BlockCall(blocks=blocks, session=session, valid=valid, position_ids=position_ids, collector=collector)
+    return BlockCall(
+        blocks=blocks,
+        session=session,
+        valid=valid,
+        position_ids=position_ids,
+        collector=collector,
+        num_wanted=_num_wanted.get() if collector is None else None,
+    )

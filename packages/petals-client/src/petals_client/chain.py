@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 class ChainSession(Protocol):
     """An attention cache that lies with the servers of one chain."""
 
-    def step(self, hidden: Tensor, request: StepRequest) -> Tensor:
+    def step(self, hidden: Tensor, request: StepRequest, *, num_wanted: int | None = None) -> Tensor:
         """Append tokens and return their hidden states [N, H] behind the last block, in the same dtype on the CPU.
+
+        With ``num_wanted`` those of the last so many columns are; others may be zero, because they need not travel.
 
         Raises:
             PetalsError: the step was not done; the session is lost.

@@ -20,19 +20,22 @@ class Part:
     position_runs: PositionRuns | None = None
 
 
-def split_columns(request: StepRequest, max_tokens: int) -> list[tuple[StepRequest, Part]]:
-    """Cut a step into steps of at most ``max_tokens`` tokens (at least one column each) that follow each other.
+def split_columns(request: StepRequest, *max_tokens: int) -> list[tuple[StepRequest, Part]]:
+    """Cut a step into steps that follow each other, of at most so many tokens, and at least one column, each.
 
+    Of ``max_tokens`` the first is of the first step, and so on; the last is of all that remain.
     The servers' columns hold each row's tokens at their right end; a cut goes through all rows at one column, so that
     the parts amount to the whole.
     """
     row_tokens = request.row_tokens
     num_columns = max(row_tokens)
-    width = max(1, max_tokens // len(row_tokens))
     starts = _starts(row_tokens)
-    parts = []
-    for left in range(0, num_columns, width):
-        right = min(left + width, num_columns)
+    parts: list[tuple[StepRequest, Part]] = []
+    right = 0
+    while right < num_columns:
+        left = right
+        num_tokens = max_tokens[min(len(parts), len(max_tokens) - 1)]
+        right = min(left + max(1, num_tokens // len(row_tokens)), num_columns)
         bounds = [(max(0, left - (num_columns - count)), max(0, right - (num_columns - count))) for count in row_tokens]
         counts = tuple(last - first for first, last in bounds)
         runs = request.position_runs

@@ -20,10 +20,15 @@ class InterruptedFlight(Exception):  # noqa: N818 -- nobody's fault is told by i
 class Flight:
     """Which parts of a step have come back, and the signal for who waits for them. Belongs to one event loop."""
 
-    def __init__(self, parts: Sequence[tuple[StepRequest, States]], *, first_number: int, num_hops: int) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[StepRequest, States]], *, first_number: int, num_hops: int, num_silent: int = 0
+    ) -> None:
+        """``num_silent``: of so many parts, the first ones, nobody wants states back."""
         self.parts = parts
         self.first_number = first_number
-        self.results: list[States] = []
+        self.results: list[States | None] = []
+        """Of the parts that have come back; None for those without states."""
+        self._num_silent = num_silent
         self.window = FlightWindow(num_hops)
         self.news_s = time.perf_counter()
         """When the last part came back, or the first was sent."""
@@ -62,7 +67,11 @@ class Flight:
         self._sent_s[number] = time.perf_counter()
         self.window.sent()
 
-    def arrived(self, states: States) -> float:
+    def is_silent(self, number: int) -> bool:
+        """Whether a part comes back without states."""
+        return 0 <= number - self.first_number < self._num_silent
+
+    def arrived(self, states: States | None) -> float:
         """The next part came back; returns the time of its trip."""
         now_s = time.perf_counter()
         trip_s = now_s - self._sent_s.pop(self.next_number, self.news_s)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,7 +14,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from petals_client.base_model import BLOCKS_ATTRIBUTE, Generation, current_generation, once_for_each, session_of
+from petals_client.base_model import (
+    BLOCKS_ATTRIBUTE,
+    Generation,
+    current_generation,
+    looking_at_last,
+    once_for_each,
+    session_of,
+)
 from petals_client.inference_session import DRAFT_COLUMNS, InferenceSession
 from petals_client.remote_sequential import RemoteSequential
 from petals_client.routing.explanation import Route
@@ -308,6 +317,19 @@ def _check_speculation(
     return _Speculation(mode=mode, draft_model=draft_model, num_drafts=num_drafts)
 
 
+def _tell_kept(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose blocks know how many columns its head looks at, so that states of others need not travel back."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = kwargs.get("logits_to_keep")
+        is_some = isinstance(kept, int) and kept > 0  # 0: all; a tensor: any
+        with looking_at_last(kept if is_some else None):
+            return original(self, *args, **kwargs)
+
+    return forward
+
+
 @once_for_each
 def distributed_class(model_class: type[Any]) -> type[Any]:
     """A subclass under the same name (pipelines look it up) with what ``DistributedModel`` adds."""
@@ -318,7 +340,10 @@ def distributed_class(model_class: type[Any]) -> type[Any]:
     }
     from transformers import GenerationMixin
 
+    original = model_class.forward
     if not issubclass(model_class, GenerationMixin):
         return type(model_class.__name__, (DistributedModel, model_class), body)
+    if "logits_to_keep" in inspect.signature(original).parameters:
+        body["forward"] = _tell_kept(original)
     body["prepare_inputs_for_generation"] = skip_cached(model_class.prepare_inputs_for_generation)
     return type(model_class.__name__, (DistributedGeneration, model_class), body)

@@ -62,8 +62,8 @@ class SplitSession:
             self.close()
             raise
 
-    def step(self, hidden: Tensor, request: StepRequest) -> Tensor:
-        """See ``ChainSession.step``."""
+    def step(self, hidden: Tensor, request: StepRequest, *, num_wanted: int | None = None) -> Tensor:
+        """See ``ChainSession.step``. All states travel."""
         self.states = {}
         for end, part in zip(self.bounds[1:], self._parts, strict=True):
             hidden = self.states[end] = part.step(hidden, request)

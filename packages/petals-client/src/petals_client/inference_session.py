@@ -182,6 +182,7 @@ class InferenceSession:
         position_ids: Tensor | None = None,
         collector: StateCollector | None = None,
         prefix: Prefix | None = None,
+        num_wanted: int | None = None,
     ) -> Tensor:
         """Append T columns and return their hidden states behind the last block, on the same device in the same dtype.
 
@@ -191,6 +192,7 @@ class InferenceSession:
             position_ids: [R, T] or [1, T]; None: each row goes on from the number of its tokens.
             collector: is given the states between blocks that it wants.
             prefix: what stands before every row; counts in the first step only.
+            num_wanted: of how many columns, the last ones, states are wanted; others may come back as zero. None: all.
 
         Raises:
             SessionLengthError: the columns do not fit ``max_length``.
@@ -200,7 +202,7 @@ class InferenceSession:
         if not self._in_use.acquire(blocking=False):
             raise InvalidRequestError("another thread uses this session: open one for each thread")
         try:
-            return self._step(hidden, valid, position_ids, collector, prefix)
+            return self._step(hidden, valid, position_ids, collector, prefix, num_wanted)
         finally:
             self._in_use.release()
 
@@ -211,6 +213,7 @@ class InferenceSession:
         position_ids: Tensor | None,
         collector: StateCollector | None,
         prefix: Prefix | None,
+        num_wanted: int | None,
     ) -> Tensor:
         if self._is_closed:
             raise InvalidRequestError("this session is closed: open another one with model.inference_session()")
@@ -253,7 +256,7 @@ class InferenceSession:
         packed = pack(hidden.detach(), layout).cpu()
         assert packed.shape == (layout.num_tokens, size)
         try:
-            packed = remote.step(packed, request)
+            packed = remote.step(packed, request, num_wanted=num_wanted)
         except BaseException as error:
             # Nobody knows what the servers have done of it, an interrupt included.
             self._lose(error)

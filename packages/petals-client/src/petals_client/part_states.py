@@ -44,11 +44,12 @@ def take_part(hidden: Tensor, part: Part) -> Tensor:
 
 
 def join_parts(hidden: Tensor, parts: Sequence[Part], results: Sequence[States]) -> Tensor:
-    """Put what came back for each part where it belongs in the whole."""
+    """Put what came back for each part, or for the last ones, where it belongs in the whole; all else is zero."""
     if len(parts) == 1 and parts[0].ranges and sum(count for _, count in parts[0].ranges) == hidden.shape[0]:
         return decode_states(results[0])
-    output = torch.empty_like(hidden)
-    for part, states in zip(parts, results, strict=True):
+    num_silent = len(parts) - len(results)
+    output = torch.zeros_like(hidden) if num_silent else torch.empty_like(hidden)
+    for part, states in zip(parts[num_silent:], results, strict=True):
         tokens = decode_states(states)
         offset = 0
         for first, count in part.ranges:

@@ -75,7 +75,7 @@ class PrefixedSession:
         self._states = prefix.states.detach().cpu()
         self._is_sent = False
 
-    def step(self, hidden: Tensor, request: StepRequest) -> Tensor:
+    def step(self, hidden: Tensor, request: StepRequest, *, num_wanted: int | None = None) -> Tensor:
         """See ``ChainSession.step``."""
         num_states = self._states.shape[0]
         num_rows = len(request.row_tokens)
@@ -84,7 +84,7 @@ class PrefixedSession:
             if min(request.row_tokens) == max(request.row_tokens):
                 whole = prepend(self._states, hidden, request.row_tokens, request.position_runs)
                 request = replace(request, row_tokens=whole.row_tokens, position_runs=whole.position_runs)
-                return self._session.step(whole.packed, request).index_select(0, whole.places)
+                return self._session.step(whole.packed, request, num_wanted=num_wanted).index_select(0, whole.places)
             # The servers' rows end at the same column. Sent alone, the virtual tokens begin at the same one too.
             states = self._states.to(hidden).repeat(num_rows, 1)
             self._session.step(states, StepRequest(keep=0, row_tokens=(num_states,) * num_rows))
@@ -96,6 +96,7 @@ class PrefixedSession:
                 keep=request.keep + num_states,
                 position_runs=None if runs is None else _shift(runs, num_states),
             ),
+            num_wanted=num_wanted,
         )
 
     def trace(self) -> tuple[StepTrace, ...]:

@@ -39,6 +39,8 @@ class BlockCall:
     """Deep prompts [blocks, 1 or R, P, H] of the tokens themselves."""
     prefix: Prefix | None = None
     """Virtual tokens before every row, with deep prompts of their own."""
+    num_wanted: int | None = None
+    """Of how many columns, the last ones, anybody looks at what comes out; None: of all."""
     entrance: list[Tensor] | None = None
     """Where to put what comes in, instead of computing anything."""
 
@@ -224,6 +226,7 @@ class RemoteSequential(nn.Module):
             position_ids=call.position_ids,
             collector=call.collector,
             prefix=call.prefix,
+            num_wanted=call.num_wanted,
         )
 
     def _check_prompts(self, prompts: Tensor, layout: Layout) -> Tensor:

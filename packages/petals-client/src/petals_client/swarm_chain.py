@@ -23,7 +23,7 @@ from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
 from petals_client.training import TrainingRun, TrainingTrace
-from petals_client.window import choose_part_tokens
+from petals_client.window import choose_part_sizes
 from petals_core.errors import InvalidRequestError
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.split import block_count
@@ -249,7 +249,7 @@ class SwarmChainSession:
         """The servers that serve it."""
         return self._session.chain
 
-    def step(self, hidden: Tensor, request: StepRequest) -> Tensor:
+    def step(self, hidden: Tensor, request: StepRequest, *, num_wanted: int | None = None) -> Tensor:
         """See ``ChainSession.step``. Parts of a long prompt follow each other through the chain."""
         if os.getpid() != self._process_id:
             raise InvalidRequestError(
@@ -257,17 +257,23 @@ class SwarmChainSession:
                 "open another one here with model.inference_session()"
             )
         options = self._options
-        max_tokens = min(
-            options.max_tokens_per_request,
-            options.part_tokens or choose_part_tokens(hidden.shape[0], len(self._session.chain)),
-        )
         rate = self._session.rate_bytes_per_s
-        if hidden.shape[0] <= max_tokens:
+        sizes = choose_part_sizes(
+            hidden.shape[0],
+            len(self._session.chain),
+            max_tokens=options.max_tokens_per_request,
+            part_tokens=options.part_tokens,
+        )
+        if len(sizes) == 1:
             states = encode_states(hidden, self._options, rate)
             return decode_states(self._thread.run(self._session.step([(request, states)]))[0])
-        parts = split_columns(request, max_tokens)
+        parts = split_columns(request, *sizes)
         inputs = [(step, encode_states(take_part(hidden, part), self._options, rate)) for step, part in parts]
-        return join_parts(hidden, [part for _, part in parts], self._thread.run(self._session.step(inputs)))
+        num_silent = 0
+        if num_wanted is not None:
+            num_silent = sum(step.end <= request.end - num_wanted for step, _ in parts)
+        results = self._thread.run(self._session.step(inputs, num_silent=num_silent))
+        return join_parts(hidden, [part for _, part in parts], results)
 
     def trace(self) -> tuple[StepTrace, ...]:
         """See ``ChainSession.trace``."""

@@ -116,16 +116,17 @@ class SwarmSession:
             self.close()
             raise
 
-    async def step(self, parts: Sequence[tuple[StepRequest, States]]) -> list[States]:
+    async def step(self, parts: Sequence[tuple[StepRequest, States]], *, num_silent: int = 0) -> list[States]:
         """Run the parts of one step through the chain, one behind the other; return what comes out of each.
 
+        What comes out of the first ``num_silent`` stays with the last server, which says no more than that it is done.
         When a server fails, others are brought to where it was and take its place.
 
         Raises:
             PetalsError: a server failed and could not be replaced. The session must then be closed.
         """
         started_s = time.perf_counter()  # uvloop's clock counts milliseconds
-        flight = Flight(parts, first_number=self._next_number, num_hops=len(self.hops))
+        flight = Flight(parts, first_number=self._next_number, num_hops=len(self.hops), num_silent=num_silent)
         self._next_number += len(parts)
         self.notes.begin_step()
         self._recovery.begin_step()
@@ -151,7 +152,7 @@ class SwarmSession:
             is_decode=flight.is_decode,
             total_s=time.perf_counter() - started_s,
         )
-        return flight.results
+        return [states for states in flight.results if states is not None]
 
     def close(self) -> None:
         """Free the caches on all servers; never blocks, idempotent."""
@@ -202,7 +203,9 @@ class SwarmSession:
     async def _send(self, flight: Flight, number: int) -> None:
         request, states = flight.parts[number - flight.first_number]
         flight.sent(number)
-        await self.send(0, make_step(number, request, states, self.attempt, self.swarm.options.step_timeout_s), states)
+        passes = len(self.hops) - 1 if flight.is_silent(number) else None
+        timeout_s = self.swarm.options.step_timeout_s
+        await self.send(0, make_step(number, request, states, self.attempt, timeout_s, passes), states)
 
     async def send(self, index: int, step: Step, states: States) -> None:
         """Send a step to a server of the chain; that it can't be is told as that server's failure."""
@@ -231,10 +234,11 @@ class SwarmSession:
         hop.accept(event)
         if not is_for_us or isinstance(body, Step):
             return
-        if not body.tensors:
+        flight = self._flight
+        if not body.tensors and (flight is None or not flight.is_silent(body.step)):
             self._recovery.rebuilding.acknowledged(hop, body.step)
-        elif hop is self.hops[-1] and self._flight is not None:
-            self._take(self._flight, body, message)
+        elif hop is self.hops[-1] and flight is not None:
+            self._take(flight, body, message)
 
     async def _carry(self, hop: HopSession, event: MessageReceived, index: int, step: Step, states: States) -> None:
         """Send on what a server could not; it sends more when the network has taken this."""
@@ -256,7 +260,7 @@ class SwarmSession:
                 raise ProtocolError(f"the server answered step {result.step} before step {flight.next_number}")
             return  # again
         request, sent = flight.parts[result.step - flight.first_number]
-        states = read_states(message, result.tensors, sent.spec)
+        states = read_states(message, result.tensors, sent.spec) if result.tensors else None
         before_s = flight.news_s
         trip_s = flight.arrived(states)
         for hop in self.hops:

@@ -10,10 +10,30 @@ _PARTS_PER_STAGE = 4
 """A part takes each stage in turn, and the first has to pass all before the last is busy: more parts make that less.
 But on a CPU matrices of few rows are slow: 2,048 tokens of the bench model in parts of 32, 64, 128 and 256 take 1.43,
 1.21, 1.05 and 1.00 times as long as in one piece."""
+_MIN_PARTS_WITH_RAMPS = 6
+"""Where fewer parts of the full size would do, these are small already."""
 _MAX_IN_FLIGHT = 64
+_FIRST_PARTS_PER_STAGE = 3
+"""Until the first results say what the chain holds: one for each of its links and servers, and as many again for delays
+and for connections that begin slowly. What is too much waits at the client and, within its credit, at the first server.
+"""
 _GAIN = 1.5
 """Above what just fills the chain, because trips and rates vary."""
 _WEIGHT = 1 / 4
+
+
+def choose_part_sizes(num_tokens: int, num_hops: int, *, max_tokens: int, part_tokens: int | None = None) -> list[int]:
+    """Tokens of each part of a prompt; ``part_tokens`` asks for equal ones.
+
+    The first are smaller, so that the servers behind the first begin early, and so are the last, so that little is left
+    to do when the last token has been sent.
+    """
+    size = min(max_tokens, part_tokens or choose_part_tokens(num_tokens, num_hops))
+    ramp = [size // 4, size // 2]
+    if part_tokens is not None or ramp[0] < MIN_PART_TOKENS or num_tokens < _MIN_PARTS_WITH_RAMPS * size:
+        ramp = []
+    num_full, rest = divmod(num_tokens - 2 * sum(ramp), size)
+    return ramp + [size] * num_full + ([rest] if rest else []) + ramp[::-1]
 
 
 def choose_part_tokens(num_tokens: int, num_hops: int) -> int:
@@ -35,7 +55,7 @@ class FlightWindow:
 
     def __init__(self, num_hops: int) -> None:
         self._floor = num_hops + 2
-        self.limit = 2 * self._floor
+        self.limit = _FIRST_PARTS_PER_STAGE * (2 * num_hops + 1)
         self.num_in_flight = 0
         self._least_trip_s = math.inf
         self._interval_s: float | None = None
