@@ -81,6 +81,8 @@ def comparisons(plan: Plan, figures: Sequence[Figure]) -> list[tuple[str, str, s
             text = f"{hops[0]} ms instead of {hops[1]} ms"
             if hops[0].median > 0:
                 text += f": {hops[1].median / hops[0].median:.1f} times less"
+            else:
+                text += ": no slower than a local step"
             title = next(each.title for each in plan.scenarios if each.name == name)
             table.append((LOOPBACK, f"added by a hop: {title}", *pair, text))
     return table
