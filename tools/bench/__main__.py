@@ -143,7 +143,10 @@ def measure(
             timeout_s=options.timeout or (QUICK_TIMEOUT_S if options.quick else FULL_TIMEOUT_S),
             say=say,
         )
-        figures = list(before.figures) if before else []
+        names = {each.name for each in plan.scenarios} | {each.name for each in plan.networks}
+        names |= {each.name for each in plan.modes}
+        known = before.figures if before else ()
+        figures = [each for each in known if names.issuperset((each.scenario, each.network, each.mode))]
 
         def so_far() -> Run:
             facts = [*_facts(started_s), *(checkpoint.title for checkpoint in models.values()), *suite.notes]
