@@ -37,7 +37,7 @@ _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8916, 0x891C
 _SIOCSIFMTU, _SIOCSIFTXQLEN = 0x8922, 0x8943
 _IFF_UP = 0x1
 _RTM_NEWLINK, _NLM_REQUEST_ACK, _IFLA_GSO_MAX_BYTES = 16, 0x5, 41
-_GSO_MIN_BYTES, _GSO_MAX_BYTES = 6_000, 65_000
+_GSO_MIN_BYTES, _GSO_MAX_BYTES = 12_000, 65_000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -123,7 +123,7 @@ def allow_trains(tun: int, allowed: bool) -> None:
 def limit_trains(bits_per_s: float | None) -> None:
     """Bound the trains of the current namespace's device to what takes 1 ms at a rate, so that queues are shared.
 
-    Four segments are always allowed: at low rates a router would spend more time on each byte than at high ones.
+    Eight segments are always allowed: at low rates a router would spend more time on each byte than at high ones.
 
     Raises:
         OSError: the kernel refused.

@@ -11,6 +11,7 @@ from petals_server.contribution.desk import ContributionDesk
 from petals_server.engine import Engine
 from petals_server.handlers import RequestHandler, ServerFacts
 from petals_server.loading import ServedModel
+from petals_server.next_hops import NextHops
 from petals_server.ring import RingTable
 from petals_server.scheduling.pace import Pace
 from petals_server.sessions import SessionTable
@@ -62,7 +63,7 @@ def assemble_handler(
             page_tokens=model.pages.page_tokens,
             max_row_tokens=model.pages.max_row_tokens(max_turn_tokens),
         ),
-        ring=RingTable(dialer, fingerprint=model.fingerprint, limits=config.limits, is_local=is_local),
+        ring=RingTable(NextHops(dialer, fingerprint=model.fingerprint, is_local=is_local), limits=config.limits),
         limits=config.limits,
         facts=facts,
         served=ledger,

@@ -15,23 +15,19 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import (
     CacheLostError,
     DeadlineExceededError,
-    DrainingError,
     InvalidRequestError,
     NextHopError,
     NoSessionError,
     OutputsGoneError,
     PetalsError,
-    ProtocolError,
     RemoteFailureError,
-    WrongModelError,
 )
 from petals_core.identity import PeerId
 from petals_core.limits import MAX_HOPS, MIB
-from petals_core.net.dialer import Dialer, PeerConnection
+from petals_core.net.dialer import PeerConnection
 from petals_core.net.stream import Stream
 from petals_core.steps import StepHistory, StepRequest, merge, straighten
 from petals_core.tensors.states import States, join_states, select_rows
@@ -50,19 +46,16 @@ from petals_core.wire.messages import (
     Step,
     StepResult,
 )
-from petals_dht.rates import Rate, RateLimiter
 from petals_server.config import ServerLimits
+from petals_server.next_hops import NextHops
 
 log = logging.getLogger(__name__)
 
-_MAX_CONNECTIONS: Final = 128
-"""To next servers; more stay open only while sessions use them."""
 _BACKLOG_BYTES: Final = 4 * MIB
 """Outputs of one session that wait for the network before the next step is computed."""
 
 RingRequest = Route | Replay | ProgressRequest | Push
 RING_REQUESTS: Final = (Route, Replay, ProgressRequest, Push)
-_FAILURES: Final = Rate(per_s=0.5, burst=32.0)
 StepHandler = Callable[["RingSession", Step, Message, float], Awaitable[None]]
 """Computes a step that arrived at a time (``time.monotonic``), and delivers what comes of it."""
 
@@ -359,8 +352,9 @@ class RingSession:
             self._next_session = request.next_session
             if request.next is None or request.next_session is None:
                 return
-            server = self._table.check_next(request.next)
-            self._next_connection, self._outlet = await self._table.reach(
+            next_hops = self._table.next_hops
+            server = next_hops.check(request.next)
+            self._next_connection, self._outlet = await next_hops.reach(
                 server, request.next_session, timeout_s=request.deadline_ms / 1000, source=self._stream.source
             )
 
@@ -389,19 +383,11 @@ class RingSession:
 class RingTable:
     """The open sessions of a server by their ids, and the memory that their kept outputs take."""
 
-    def __init__(self, dialer: Dialer, *, fingerprint: str, limits: ServerLimits, is_local: bool) -> None:
-        """``is_local``: whether the next server may be one of a private network, or of this machine.
-
-        A server that all the world can reach does not connect to such addresses for a stranger.
-        """
-        self.dialer = dialer
+    def __init__(self, next_hops: NextHops, *, limits: ServerLimits) -> None:
+        self.next_hops = next_hops
         self.max_kept_bytes = limits.max_kept_bytes
         self.route_timeout_s = limits.route_timeout_s
         self.kept_bytes = 0
-        self._fingerprint = fingerprint
-        self._is_local = is_local
-        self._failures = RateLimiter(_FAILURES)
-        """Next servers that could not be reached, by whoever named them."""
         self._sessions: dict[bytes, RingSession] = {}
 
     @contextlib.contextmanager
@@ -455,61 +441,6 @@ class RingTable:
             largest = max(self._sessions.values(), key=lambda each: each.kept.num_bytes)
             self.kept_bytes -= largest.kept.num_bytes
             largest.kept.drop()
-
-    def check_next(self, encoded: bytes) -> SignedAnnouncement:
-        """Read the announcement of a next server.
-
-        Raises:
-            InvalidAnnouncementError, WrongModelError: it is none of this model, or only for another machine.
-        """
-        # Of any time: a session outlives announcements, and the connection proves who answers.
-        server = SignedAnnouncement.decode(encoded, now_s=None)
-        if server.announcement.fingerprint != self._fingerprint:
-            raise WrongModelError("the next server holds another checkpoint")
-        ips = [address.ip for address in server.announcement.addresses]
-        if not self._is_local and any(ip is not None and not ip.is_global for ip in ips):
-            raise NextHopError("the next server is in a private network")
-        return server
-
-    async def reach(
-        self, server: SignedAnnouncement, session_id: bytes, *, timeout_s: float, source: str
-    ) -> tuple[PeerConnection, Stream]:
-        """Connect to a next server and open a stream that takes steps there, for a client from ``source``.
-
-        Who can't be reached is told without a reason, and sources that name many such servers have to wait: nobody is
-        to find out through this server what listens where.
-
-        Raises:
-            NextHopError: it can't be reached, or takes no steps from here, or there were too many of that.
-        """
-        if not self._failures.admit(source, now_s=time.monotonic()):
-            raise NextHopError("too many next servers can't be reached: try again in a minute")
-        try:
-            async with asyncio.timeout(timeout_s):
-                connection = await self.dialer.connect(server.announcement.addresses, peer_id=server.peer_id)
-                stream = await _open_outlet(connection, session_id)
-        except (PetalsError, TimeoutError) as error:
-            log.debug("the next server %s can't be reached: %s", server.peer_id.short, error or "no answer in time")
-            raise NextHopError("the next server can't be reached") from None
-        self._failures.admit(source, now_s=time.monotonic(), cost=-1.0)  # only failures count
-        self.dialer.drop_idle(_MAX_CONNECTIONS)
-        return connection, stream
-
-
-async def _open_outlet(connection: PeerConnection, session_id: bytes) -> Stream:
-    """A stream to the next server that takes steps; on failure none is left."""
-    if connection.is_draining:
-        raise DrainingError("it is about to stop")
-    stream = connection.open_stream(Priority.DECODE)
-    try:
-        await stream.send(Push(session_id=session_id))
-        reply = await stream.receive(timeout_s=None)
-        if not isinstance(reply.body, Pushed):
-            raise ProtocolError(f"it answered with {type(reply.body).__name__} to pushed steps")
-    except BaseException:
-        stream.cancel()
-        raise
-    return stream
 
 
 def _no_session() -> NoSessionError:
