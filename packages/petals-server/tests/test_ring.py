@@ -309,7 +309,7 @@ def test_a_replay_whose_turn_does_not_come_in_time(checkpoint: Path) -> None:
 def test_a_public_server_connects_to_no_private_network_for_a_stranger(checkpoint: Path) -> None:
     async def run() -> None:
         async with chain(checkpoint) as (to_first, to_second, _, _):
-            to_first.server._handler.ring._is_local = False  # as where its own address is a public one
+            to_first.server._handler.ring.next_hops._is_local = False  # as where its own address is a public one
             with pytest.raises(NextHopError, match="private network"):
                 await ask(to_first, route(0, next=announcement(to_second.server), next_session=IDS[1]), Routed)
 
