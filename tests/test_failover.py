@@ -263,7 +263,7 @@ def test_servers_that_can_not_reach_each_other(
     tokens = prompt(2, width=80)
 
     def isolate(server: Any) -> None:
-        swarm.run(server._handler.ring.dialer.close())
+        swarm.run(server._handler.ring.next_hops.dialer.close())
 
     isolate(servers[0])
     with connect(folder, swarm) as model, model.inference_session(max_length=100) as session:

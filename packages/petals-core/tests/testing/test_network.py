@@ -43,7 +43,12 @@ def test_connections_are_not_counted_where_others_listen_in_this_process() -> No
         async def listen() -> None:
             left.append(socket.create_server(("127.0.0.1", 0)))
 
+        async def open_one() -> None:
+            left.append(socket.socket())
+
         run_clean(connect())
+        with pytest.raises(AssertionError, match="sockets"):
+            run_clean(open_one())
         with pytest.raises(AssertionError, match="sockets"):
             run_clean(listen())
     for each in left:

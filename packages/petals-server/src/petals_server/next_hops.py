@@ -30,7 +30,7 @@ class NextHops:
 
         A server that all the world can reach does not connect to such addresses for a stranger.
         """
-        self._dialer = dialer
+        self.dialer = dialer
         self._fingerprint = fingerprint
         self._is_local = is_local
         self._failures = RateLimiter(_FAILURES)
@@ -66,13 +66,13 @@ class NextHops:
             raise NextHopError("too many next servers can't be reached: try again in a minute")
         try:
             async with asyncio.timeout(timeout_s):
-                connection = await self._dialer.connect(server.announcement.addresses, peer_id=server.peer_id)
+                connection = await self.dialer.connect(server.announcement.addresses, peer_id=server.peer_id)
                 stream = await _open_outlet(connection, session_id)
         except (PetalsError, TimeoutError) as error:
             log.debug("the next server %s can't be reached: %s", server.peer_id.short, error or "no answer in time")
             raise NextHopError("the next server can't be reached") from None
         self._failures.admit(source, now_s=time.monotonic(), cost=-1.0)  # only failures count
-        self._dialer.drop_idle(_MAX_CONNECTIONS)
+        self.dialer.drop_idle(_MAX_CONNECTIONS)
         return connection, stream
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -40,6 +41,8 @@ def run_clean(
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: failures.append(str(context)))
         sockets = _open_sockets()
+        # A swarm of other tests, in another thread, connects its servers to each other when it wants.
+        elsewhere = {port for each in sockets for port in _ports(each, if_listening=True)}
         async with asyncio.timeout(_MAX_TEST_S):
             result = await main
         for _ in range(_SETTLING_TURNS):  # closing a socket takes the loop a few turns
@@ -48,9 +51,7 @@ def run_clean(
         timers = [handle for handle in getattr(loop, "_scheduled", ()) if not handle.cancelled()]
         assert not timers, f"timers are left behind: {timers}"
         left = _open_sockets() - sockets
-        if any(map(_is_listening, sockets)):  # a swarm of other tests, in another thread, connects when it wants
-            left = {each for each in left if _is_listening(each)}
-        assert not left, "sockets are left behind"
+        assert all(_ports(each) & elsewhere for each in left), "sockets are left behind"
         return result
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -142,9 +143,13 @@ def _open_sockets() -> set[_Socket]:
     return found
 
 
-def _is_listening(each: _Socket) -> bool:
-    try:
-        with socket.socket(fileno=os.dup(each.descriptor)) as twin:
-            return bool(twin.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    except OSError:
-        return False  # it is closed by now, or of a kind that can't listen
+def _ports(each: _Socket, *, if_listening: bool = False) -> set[int]:
+    """The ports at both ends of a socket."""
+    ports: set[int] = set()
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(each.descriptor)) as twin:  # it may be closed by now
+        if if_listening and not twin.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return ports
+        if twin.family in (socket.AF_INET, socket.AF_INET6):
+            ports.add(twin.getsockname()[1])
+            ports.add(twin.getpeername()[1])
+    return ports
