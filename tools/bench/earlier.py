@@ -134,13 +134,17 @@ def make_hub(model: Path, folder: Path) -> Path:
 
 
 def variables(hub: Path) -> Mapping[str, str]:
-    """For processes: no network, no GPU, threads as few as the cores that servers share."""
-    return {
+    """For processes: no network, no GPU, threads as few as the cores that servers share.
+
+    ``EARLIER_THREADS`` in the environment sets another number of threads; ``default`` leaves it to torch.
+    """
+    number = os.environ.get("EARLIER_THREADS", "1")
+    threads = {} if number == "default" else {"OMP_NUM_THREADS": number}
+    return threads | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HOME": str(hub.parent),
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }
 
