@@ -2,8 +2,7 @@
 
 With few tokens what a CPU does between two operations takes longer than many of them. A turn is recorded the first time
 that one of its size comes: its operations are noted as they run, and become one function that calls the same operations
-in the same order, so that results are equal to the last bit; but large linear layers of a few rows are turned round
-while they are recorded (``few_rows``). Attention is noted as one call and looks up its batch each
+in the same order, so that results are equal to the last bit. Attention is noted as one call and looks up its batch each
 time. What depends on the content of tensors is no program, and is computed as before.
 
 Letters: T tokens of the packed row, H hidden size.
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from petals_core.models import transformers_attention
 from petals_core.models.split import Span
-from petals_server.execution import attention, few_rows
+from petals_server.execution import attention, linear
 from petals_server.execution.batch import Batch
 from petals_server.execution.traces import LoneTrace, Program
 
@@ -138,10 +137,6 @@ class _Recorder(TorchDispatchMode):
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_noting and few_rows.suits(function, args):
-            output = few_rows.linear(*args, **kwargs)
-            self._know(output, self.graph.call_function(few_rows.linear, self._as_nodes(tuple(args)), kwargs))
-            return output
         output = function(*args, **kwargs)
         # A conversion that found nothing to do, or a dropout in evaluation, gives back what it got.
         is_idle = any(output is each for each in args) and not function._schema.is_mutable
@@ -172,6 +167,9 @@ class _Recorder(TorchDispatchMode):
     def _note(self, function: Any, given: Sequence[Any], options: dict[str, Any], output: Any) -> None:
         """Note an operation under the name that takes least time to call."""
         args, kwargs = self._as_nodes(tuple(given)), self._as_nodes(options)
+        if function is linear.OPERATION:
+            self._know(output, self.graph.call_function(linear.product, args[:3]))
+            return
         name = function.overloadpacket.__name__
         for module in (torch, torch._C._nn):
             binding = getattr(module, name, None)

@@ -1,0 +1,80 @@
+"""What multiplying linear layers by oneDNN brings on this CPU: ``python3 tools/bench_linear.py``.
+
+The linear layers of the bench model's 12 blocks in float32, computed one after another by torch as it is and as servers
+compute them (``petals_server.execution.linear``), in turns; the least time of several rounds, by the number of rows.
+"""
+
+from __future__ import annotations
+
+import environment
+
+if __name__ == "__main__":
+    environment.enter("--all-groups")
+
+import argparse
+import os
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from petals_server.execution import linear
+
+NUM_BLOCKS, HIDDEN_SIZE, MLP_SIZE, KEY_SIZE = 12, 1024, 2816, 512
+SHAPES = (
+    *((HIDDEN_SIZE, HIDDEN_SIZE), (KEY_SIZE, HIDDEN_SIZE), (KEY_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE, HIDDEN_SIZE)),
+    *((MLP_SIZE, HIDDEN_SIZE), (MLP_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE, MLP_SIZE)),
+)
+ROWS = (1, 2, 4, 8, 16, 64, 128, 512, 2048)
+
+
+@torch.inference_mode()
+def seconds(layers: list[nn.Linear], num_rows: int) -> float:
+    """Time of all layers."""
+    states = {size: torch.ones(1, num_rows, size) for size in (HIDDEN_SIZE, MLP_SIZE)}
+    started_s = time.perf_counter()
+    for layer in layers:
+        layer(states[layer.in_features])
+    return time.perf_counter() - started_s
+
+
+def make_layer(kind: type[nn.Linear], weight: torch.Tensor) -> nn.Linear:
+    num_outputs, num_inputs = weight.shape
+    layer = kind(num_inputs, num_outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="of which the least time counts (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if linear.OPERATION is None:
+        print("this torch comes without oneDNN", file=sys.stderr)
+        return 1
+    weights = [torch.randn(shape) for _ in range(NUM_BLOCKS) for shape in SHAPES]
+    candidates = [[make_layer(kind, weight) for weight in weights] for kind in (nn.Linear, linear.Linear)]
+    table = Table("rows", "torch, ms", "oneDNN, ms", "times as fast", title=f"{options.threads} thread(s)")
+    for num_rows in ROWS:
+        times = [[seconds(layers, num_rows) for layers in candidates] for _ in range(options.rounds)]
+        plain_s, fast_s = (min(column) for column in zip(*times, strict=True))
+        table.add_row(str(num_rows), f"{1e3 * plain_s:.1f}", f"{1e3 * fast_s:.1f}", f"{plain_s / fast_s:.2f}")
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    console.print(
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; servers here take "
+        f"{'oneDNN' if linear.is_faster() else 'torch as it is'}",
+        style="dim",
+        highlight=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
