@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 
 from petals_client.window import FlightWindow
-from petals_core.errors import PetalsError
 from petals_core.steps import StepRequest
 from petals_core.tensors.states import States
 from petals_core.wire.frames import MAX_DECODE_TOKENS
@@ -38,7 +37,7 @@ class Flight:
         self._sent_s: dict[int, float] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
-        self._interruption: Exception | None = None
+        self._is_interrupted = False
 
     @property
     def next_number(self) -> int:
@@ -57,7 +56,7 @@ class Flight:
     def begin(self) -> None:
         """All parts that have not come back are to be sent, once more if they were."""
         self.num_begun += 1
-        self._interruption = None
+        self._is_interrupted = False
         self._sent_s.clear()
         self.window.num_in_flight = 0
         self.news_s = time.perf_counter()
@@ -84,10 +83,10 @@ class Flight:
             self._wake()
         return trip_s
 
-    def expects(self, number: int) -> States | None:
-        """What was sent as a part that has not come back; None: no such part."""
+    def find(self, number: int) -> tuple[StepRequest, States] | None:
+        """A part that has not come back; None: no such part."""
         index = number - self.first_number
-        return self.parts[index][1] if len(self.results) <= index < len(self.parts) else None
+        return self.parts[index] if len(self.results) <= index < len(self.parts) else None
 
     async def room(self) -> None:
         """Wait until another part may be sent."""
@@ -100,13 +99,12 @@ class Flight:
 
         Raises:
             InterruptedFlight: something has happened to the chain.
-            PetalsError: what ``interrupt`` was given.
         """
         loop = asyncio.get_running_loop()
         called_s = time.perf_counter()
         while not self.is_done:
-            if self._interruption is not None:
-                raise self._interruption
+            if self._is_interrupted:
+                raise InterruptedFlight
             left_s = max(self.news_s, called_s) + timeout_s - time.perf_counter()
             if left_s <= 0:
                 return False
@@ -119,9 +117,9 @@ class Flight:
                 self._waiter = None
         return True
 
-    def interrupt(self, error: PetalsError | None = None) -> None:
-        """Let who waits go on with ``error``, or with ``InterruptedFlight``."""
-        self._interruption = error or InterruptedFlight()
+    def interrupt(self) -> None:
+        """Let who waits go on with ``InterruptedFlight``."""
+        self._is_interrupted = True
         self._wake()
 
     def _wake(self) -> None:

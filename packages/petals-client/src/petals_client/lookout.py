@@ -44,18 +44,19 @@ class Lookout:
         if self._recovery.is_needed():
             flight.interrupt()
 
-    async def survey(self, since_s: float) -> list[Progress | None]:
-        """Ask all servers how far they are; who does not answer is broken, and after too long who is behind."""
+    async def survey(self, since_s: float, *, source: int = -1, last: int | None = None) -> list[Progress | None]:
+        """Ask all servers how far they are; who does not answer is broken, and after too long who is behind.
+
+        What is waited for comes from the client, or the server with the index ``source``, and goes as far as ``last``.
+        """
         session = self._session
         session.swarm.directory.freshen()  # so that whoever could take a silent one's place is known by then
         hops = list(session.hops)
         progress = await asyncio.gather(*(self._ask(hop, since_s) for hop in hops))
         waited_s = time.perf_counter() - since_s
         if not self._recovery.is_needed() and waited_s > session.swarm.options.step_timeout_s:
-            computed = [_number(each.computed) for each in self._of_attempt(progress)]
-            slow = next((i for i in range(1, len(hops)) if computed[i] < computed[i - 1]), 0)
-            if computed[0] >= 0 and slow == 0:
-                slow = len(hops) - 1
+            end = len(hops) if last is None else last + 1
+            slow = _find_slow(hops[:end], self._of_attempt(progress)[:end], source)
             self._recovery.note(hops[slow], DeadlineExceededError(f"no answer to a step within {waited_s:.1f} s"))
         return progress
 
@@ -101,20 +102,34 @@ class Lookout:
             self._seen = (now_s, state)
             return
         number = flight.next_number
-        sent = flight.expects(number)
-        if sent is None or now_s - self._seen[0] < _STUCK_S + sent.spec.num_bytes / _SLOWEST_BYTES_PER_S:
+        part = flight.find(number)
+        if part is None or now_s - self._seen[0] < _STUCK_S + part[1].spec.num_bytes / _SLOWEST_BYTES_PER_S:
             return
+        hops = session.hops
         for index, (received, _) in enumerate(state):
             if received >= number:
                 continue
             if index == 0:
-                self._recovery.note(session.hops[0], DeadlineExceededError("a step did not arrive there"))
-            elif state[index - 1][1] >= number and progress[index] is not None:
+                self._recovery.note(hops[0], DeadlineExceededError("a step did not arrive there"))
+            elif state[index - 1][1] >= number and progress[index] is not None and not hops[index - 1].is_cut_off:
                 self._recovery.disturb()
-                self._recovery.cut_off(session.hops[index - 1])
+                self._recovery.cut_off(hops[index - 1])
             return
 
 
 def _number(step: int | None) -> int:
     """A step's number, or less than any for none."""
     return -1 if step is None else step
+
+
+def _find_slow(hops: Sequence[HopSession], progress: Sequence[Progress], source: int) -> int:
+    """The index of the server for which all those behind ``source`` have waited too long."""
+    computed = [_number(each.computed) for each in progress]
+    if source >= 0:  # it has computed what it sends long ago
+        received = [_number(each.received) for each in progress]
+        return next((i for i in range(source + 1, len(hops)) if received[i] > computed[i]), source)
+    for index in range(1, len(hops)):
+        if computed[index] < computed[index - 1]:
+            before = hops[index - 1]
+            return index - 1 if before.is_cut_off and before.handed_on <= computed[index] else index
+    return len(hops) - 1 if computed[0] >= 0 else 0

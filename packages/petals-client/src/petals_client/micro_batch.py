@@ -19,6 +19,7 @@ from torch import Tensor
 from petals_client.adaptation import Adaptation
 from petals_client.chunks import Part
 from petals_client.liveness import attend
+from petals_client.objections import Objections
 from petals_client.session import read_states
 from petals_client.swarm import Swarm, explain_failure
 from petals_core.announcement import SignedAnnouncement
@@ -137,6 +138,9 @@ class _Attempts:
         self._failures: list[tuple[PeerId, PetalsError]] = []
         self._barred: set[PeerId] = set()
         """Servers that are asked no more while there are others."""
+        self._busy: set[PeerId] = set()
+        """Servers that others are preferred to, but need not be waited for."""
+        self._objections = Objections()
         self._last: PetalsError | None = None
         self._deadline_s: float | None = None
 
@@ -147,14 +151,21 @@ class _Attempts:
         again meanwhile.
 
         Raises:
-            PetalsError: the last failure, when time is up; ``MissingBlocksError`` if nobody failed yet.
+            PetalsError: the last failure, when time is up, or that the request is wrong, as the only one says who can
+                be asked; ``MissingBlocksError`` if nobody failed yet.
         """
         while True:
+            without = self._barred | self._busy | self._objections.peers
             try:
                 return await self._swarm.plan(
-                    start, end, without=self._barred, adapter=self._adapter, is_urgent=self._last is not None
+                    start, end, without=without, adapter=self._adapter, is_urgent=self._last is not None
                 )
             except MissingBlocksError as missing:
+                if self._busy:
+                    self._busy.clear()
+                    continue
+                if self._objections.failure is not None:
+                    raise self._objections.failure from None
                 if self._last is None and not self._swarm.directory.were_held(start, end):
                     raise
                 if not await self._swarm.wait_for_servers(missing, deadline_s=self._deadline()):
@@ -167,8 +178,16 @@ class _Attempts:
             self._deadline_s = asyncio.get_running_loop().time() + self._swarm.options.recovery_timeout_s
         return self._deadline_s
 
-    async def note(self, hop: Hop, error: PetalsError) -> None:
-        """Note a failure, and wait where the server asks for it; raises it if it is the last."""
+    def end(self) -> None:
+        """The micro-batch is done; so whoever said that it can't be was wrong."""
+        if (refuted := self._objections.refuted()) is not None:
+            self._swarm.blame(*refuted)
+
+    async def note(self, hop: Hop, error: PetalsError) -> bool:
+        """Note a failure, and wait where the server asks for it; raises it if it is the last.
+
+        Returns whether the server is to be asked for the same again.
+        """
         now_s = asyncio.get_running_loop().time()
         options = self._swarm.options
         self._swarm.blame(hop.peer_id, error)
@@ -178,12 +197,19 @@ class _Attempts:
         # Servers that are not there cost nothing but time.
         num_answered = sum(not isinstance(each, PeerConnectionError) for _, each in self._failures)
         is_over = len(self._failures) >= options.max_attempts and now_s >= deadline_s
-        if error.disposition is Disposition.GIVE_UP or num_answered >= options.max_attempts or is_over:
+        if num_answered >= options.max_attempts or is_over:
             raise failure from error
-        if error.disposition is Disposition.RETRY_SAME:
+        is_first = not self._is_second(hop.peer_id)
+        if error.disposition is Disposition.GIVE_UP:
+            self._objections.note(hop.peer_id, error, failure)
+        elif error.disposition is Disposition.RETRY_SAME:
             await asyncio.sleep(min(error.retry_after_s or 0.5, _MAX_WAIT_S))
-        elif not isinstance(error, PeerConnectionError) or self._is_second(hop.peer_id):
+            if not is_first:
+                self._busy.add(hop.peer_id)
+            return is_first
+        elif not isinstance(error, PeerConnectionError) or not is_first:
             self._barred.add(hop.peer_id)
+        return False
 
     def _is_second(self, peer_id: PeerId) -> bool:
         """A cut connection may happen once to everybody."""
@@ -218,6 +244,13 @@ class MicroBatch:
         Raises:
             PetalsError: nobody could do it.
         """
+        output, legs = await self._forward(hidden, start, end, plan)
+        self._attempts.end()
+        return output, legs
+
+    async def _forward(
+        self, hidden: Tensor, start: int, end: int, plan: Plan | None = None
+    ) -> tuple[Tensor, list[tuple[Leg, Tensor]]]:
         legs: list[tuple[Leg, Tensor]] = []
         position = start
         while position < end:
@@ -254,22 +287,22 @@ class MicroBatch:
                 gradient, prompts, values = await self._backward_hop(leg, hidden, gradient)
             except PetalsError as error:
                 has_expired = isinstance(error, GraphExpiredError)  # nobody's fault
-                if not has_expired:
-                    await self._attempts.note(leg.hop, error)
-                if has_expired or error.disposition is not Disposition.RETRY_SAME:
-                    end = leg.hop.end
-                    while hidden is None:
-                        remaining.pop()
-                        leg, hidden = remaining[-1]
+                if not has_expired and await self._attempts.note(leg.hop, error):
+                    continue
+                end = leg.hop.end
+                while hidden is None:
                     remaining.pop()
-                    _, others = await self.forward(hidden, leg.hop.start, end)
-                    remaining.extend(others)
+                    leg, hidden = remaining[-1]
+                remaining.pop()
+                _, others = await self._forward(hidden, leg.hop.start, end)
+                remaining.extend(others)
                 continue
             remaining.pop()
             if prompts is not None:
                 of_prompts.append(prompts)
             if values is not None:
                 of_values.append(values)
+        self._attempts.end()
         # The last blocks came first.
         return (
             gradient,

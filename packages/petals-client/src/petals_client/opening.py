@@ -12,6 +12,7 @@ from torch import Tensor
 
 from petals_client.adaptation import Adaptation
 from petals_client.liveness import attend
+from petals_client.objections import Objections
 from petals_client.session import HopSession
 from petals_client.swarm import Servers, Swarm, explain_failure
 from petals_core.announcement import SignedAnnouncement
@@ -75,7 +76,8 @@ class ChainOpener:
     ) -> list[HopSession]:
         """Plan a chain over blocks ``start:end`` and open the session on each of its servers.
 
-        On failure nothing is left open. Servers that fail are added to ``failed`` and not asked again. For
+        On failure nothing is left open. Servers that fail are added to ``failed`` and not asked again; that the request
+        is wrong is believed when two say so, or where there is nobody else (``objections.py``). For
         ``previous``, ``following`` and ``is_urgent`` see ``Swarm.plan``. With a ``plan`` that is tried first.
 
         Raises:
@@ -85,6 +87,7 @@ class ChainOpener:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + options.open_timeout_s
         failure: PetalsError | None = None
+        objections = Objections()
         full: set[PeerId] = set()
         """Servers that have no room for the moment: asked again where there is nobody else."""
         wait_s = 0.0
@@ -95,7 +98,7 @@ class ChainOpener:
                 chain, servers = (plan if attempt == 1 else None) or await self._swarm.plan(
                     start,
                     end,
-                    without=failed | full,
+                    without=failed | full | objections.peers,
                     cache_tokens=self._num_rows * self._max_length,
                     previous=previous,
                     following=following,
@@ -106,7 +109,7 @@ class ChainOpener:
                 if failure is None:
                     raise
                 if not full or loop.time() + wait_s >= deadline_s:
-                    raise failure from None
+                    raise objections.failure or failure from None
                 await asyncio.sleep(wait_s)
                 full.clear()
                 wait_s = 0.0
@@ -118,6 +121,8 @@ class ChainOpener:
             )
             opened = [result for result in results if isinstance(result, HopSession)]
             if len(opened) == len(chain):
+                if (refuted := objections.refuted()) is not None:
+                    self._swarm.blame(*refuted)
                 return opened
             for session in opened:
                 session.close()
@@ -127,8 +132,8 @@ class ChainOpener:
                 self._swarm.blame(hop.peer_id, result)
                 failure = explain_failure(hop, result)
                 if result.disposition is Disposition.GIVE_UP:
-                    raise failure from result
-                if result.disposition is Disposition.GO_ELSEWHERE:
+                    objections.note(hop.peer_id, result, failure)
+                elif result.disposition is Disposition.GO_ELSEWHERE:
                     failed.add(hop.peer_id)
                 else:
                     full.add(hop.peer_id)

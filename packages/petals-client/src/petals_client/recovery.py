@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING
 from petals_client.flight import Flight, InterruptedFlight
 from petals_client.liveness import attend
 from petals_client.lookout import Lookout
+from petals_client.objections import Objections
 from petals_client.opening import MAX_WAIT_S
 from petals_client.rebuilding import Rebuilding
 from petals_client.session import HopSession
 from petals_client.swarm import explain_failure
 from petals_core.errors import (
     Disposition,
-    DrainingError,
     InvalidRequestError,
     NextHopError,
     OverloadedError,
     PeerConnectionError,
     PetalsError,
+    ProtocolError,
 )
 from petals_core.identity import PeerId
 
@@ -36,8 +37,10 @@ _MAX_REFUSALS = 8
 """Times that a step waits for a server that is full for the moment."""
 _MAX_FAILURES = 32
 """Of servers in one step."""
+_MAX_REFUSALS_OF_ONE = 3
+"""After so many of one server in a step others are looked for."""
 _STAY_S = 5.0
-"""How long a server that is about to stop goes on being used where nobody else holds its blocks."""
+"""How long a server that should be left goes on being used where nobody else holds its blocks."""
 
 
 class Recovery:
@@ -47,6 +50,8 @@ class Recovery:
         self._session = session
         self._failures: list[tuple[PeerId, PetalsError]] = []
         """Of the step under way."""
+        self._objections = Objections()
+        """Against the step under way."""
         self.failure: PetalsError | None = None
         """The last one, explained."""
         self._num_refusals = 0
@@ -62,13 +67,21 @@ class Recovery:
     def begin_step(self) -> None:
         """Failures are counted anew, and servers that are about to stop are left."""
         self._failures.clear()
+        self._objections = Objections()
         self.failure = None
         self._num_refusals = 0
         self.lookout.begin_step()
+        self.rebuilding.begin_step()
         now_s = asyncio.get_running_loop().time()
         for hop in self._session.hops:
-            if hop.connection.is_draining and hop.error is None and now_s >= hop.stays_until_s:
+            hop.num_refusals = 0
+            if hop.error is None and _is_to_be_left(hop, now_s):
                 self._is_disturbed = True
+
+    def end_step(self) -> None:
+        """The step is done; so whoever said that it can't be was wrong."""
+        if (refuted := self._objections.refuted()) is not None:
+            self._session.swarm.blame(*refuted)
 
     def is_needed(self) -> bool:
         """Whether the chain can't be used as it is."""
@@ -82,11 +95,31 @@ class Recovery:
         elif isinstance(error, NextHopError):
             self._suspects.add(hop)
         elif error.disposition is Disposition.RETRY_SAME:
+            hop.num_refusals += 1
             self._retry_after_s = max(self._retry_after_s or 0.0, min(error.retry_after_s or 0.5, MAX_WAIT_S))
             self.failure = explain_failure(hop.hop, error)
+        elif error.disposition is Disposition.GIVE_UP:
+            self._note_objection(hop, error)
         else:
             hop.error = hop.error or error
         self.rebuilding.interrupt()
+
+    def _note_objection(self, hop: HopSession, error: PetalsError) -> None:
+        """A server calls a step wrong: it is asked once more for what nobody but this client has sent."""
+        hops = self._session.hops
+        index = hops.index(hop)
+        if self.rebuilding.distrust(hop):
+            return
+        if index and not hops[index - 1].is_cut_off:
+            hops[index - 1].is_cut_off = True
+            _logger.info(
+                "server %s calls wrong what server %s passes on, so this client carries it: %s",
+                hop.hop.peer_id.short,
+                hops[index - 1].hop.peer_id.short,
+                error.message,
+            )
+            return
+        hop.error = hop.error or error
 
     def disturb(self) -> None:
         """The chain has to be put right, though no server has failed."""
@@ -107,6 +140,8 @@ class Recovery:
             self._is_disturbed = False
             session.attempt += 1
             self.rebuilding.begin_attempt()
+            for hop in session.hops:
+                hop.handed_on = -1
             if self._suspects:
                 suspects, self._suspects = self._suspects, set()
                 await self.lookout.find_cuts(suspects)
@@ -116,7 +151,7 @@ class Recovery:
             try:
                 await self.connect()
                 if not self._is_disturbed and flight.next_request.keep:
-                    await self.rebuilding.run(flight.next_number)
+                    await self.rebuilding.run(before=flight.next_number, keep=flight.next_request.keep)
             except InterruptedFlight:
                 self._is_disturbed = True
 
@@ -132,25 +167,31 @@ class Recovery:
                 if hop.error is not None:
                     self._blame(hop, hop.error)
                     hop.close()
-            excluded = self._excluded() | {hop.hop.peer_id for hop in leaving if hop.connection.is_draining}
+            is_optional = leaving[0].error is None  # it still serves
+            is_doubted = not self._objections.peers.isdisjoint(hop.hop.peer_id for hop in leaving)
+            excluded = self._excluded() | {
+                hop.hop.peer_id for hop in leaving if is_optional or hop.connection.is_draining
+            }
             previous = session.hops[first - 1].hop.peer_id if first else None
             following = session.hops[last + 1].hop.peer_id if last + 1 < len(session.hops) else None
             try:
-                if leaving[0].error is None:
+                if is_optional or is_doubted:
                     opened = await session.opener.open(
-                        start, end, failed=excluded, previous=previous, following=following
+                        start, end, failed=excluded, previous=previous, following=following, is_urgent=not is_optional
                     )
                 else:
                     opened = await session.opener.wait_and_open(
                         start, end, failed=excluded, deadline_s=deadline_s, previous=previous, following=following
                     )
             except PetalsError as error:
-                if leaving[0].error is None:  # it still serves
+                if is_optional:
                     leaving[0].stays_until_s = asyncio.get_running_loop().time() + _STAY_S
                     continue
-                raise self.failure or error from error
+                raise (self._objections.failure if is_doubted else self.failure) or error from error
             for hop in leaving:
                 hop.close()
+                if hop.num_refusals >= _MAX_REFUSALS_OF_ONE and self.failure is not None:
+                    session.swarm.blame(hop.hop.peer_id, self.failure)
             if session.is_closed:
                 for hop in opened:
                     hop.close()
@@ -167,7 +208,7 @@ class Recovery:
             )
 
     def _find_broken(self) -> tuple[int, int] | None:
-        """The first run of servers that failed, or a server that is about to stop."""
+        """The first run of servers that failed, or a server that should be left."""
         hops = self._session.hops
         now_s = asyncio.get_running_loop().time()
         for first, hop in enumerate(hops):
@@ -176,7 +217,7 @@ class Recovery:
                 while last + 1 < len(hops) and hops[last + 1].error is not None:
                     last += 1
                 return first, last
-            if hop.connection.is_draining and now_s >= hop.stays_until_s:
+            if _is_to_be_left(hop, now_s):
                 return first, first
         return None
 
@@ -184,24 +225,24 @@ class Recovery:
         """Note whose fault a failure was; raises the explanation if it is our own, or if there were too many."""
         self.failure = explain_failure(hop.hop, error)
         if error.disposition is Disposition.GIVE_UP:
-            raise self.failure from error
-        if isinstance(error, DrainingError):
+            self._objections.note(hop.hop.peer_id, error, self.failure)
             return
         if error.disposition is Disposition.RETRY_SAME:  # it made room for others, and may be asked for it again
             self._count_refusal()
-            return
-        self._session.swarm.blame(hop.hop.peer_id, error)
+        else:
+            self._session.swarm.blame(hop.hop.peer_id, error)
         self._failures.append((hop.hop.peer_id, error))
         if len(self._failures) > _MAX_FAILURES:
             raise self.failure from error
 
     def _excluded(self) -> set[PeerId]:
-        """Servers that this step asks no more. A cut connection may happen once to everybody."""
+        """Servers that this step asks no more. To lose a connection, or a cache, may happen once to everybody."""
         peers = [peer_id for peer_id, _ in self._failures]
-        return {
+        return self._objections.peers | {
             peer_id
             for peer_id, error in self._failures
-            if not isinstance(error, PeerConnectionError) or peers.count(peer_id) > 1
+            if peers.count(peer_id) > 1
+            or not (isinstance(error, PeerConnectionError) or error.disposition is Disposition.RETRY_SAME)
         }
 
     async def _wait_for_room(self) -> None:
@@ -259,10 +300,15 @@ class Recovery:
                 return
 
     def cut_off(self, hop: HopSession, error: NextHopError | None = None) -> None:
-        """A server can't reach the next one: the client carries the states between them from now on."""
+        """A server can't reach the next one: the client carries the states between them from now on.
+
+        One that has no next one to reach, and says so again, is broken.
+        """
         hops = self._session.hops
         index = hops.index(hop)
         if hop.is_cut_off or index + 1 == len(hops):
+            hop.error = hop.error or ProtocolError("it has this client alone to send to, and says that it can't")
+            self._is_disturbed = True
             return
         hop.is_cut_off = True
         following = hops[index + 1]
@@ -273,3 +319,8 @@ class Recovery:
                 following.hop.peer_id.short,
                 "" if error is None else f": {error.message}",
             )
+
+
+def _is_to_be_left(hop: HopSession, now_s: float) -> bool:
+    """Whether others are to take the place of a server that still serves: it is about to stop, or too busy."""
+    return (hop.connection.is_draining or hop.num_refusals >= _MAX_REFUSALS_OF_ONE) and now_s >= hop.stays_until_s

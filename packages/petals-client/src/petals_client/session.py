@@ -58,8 +58,14 @@ class HopSession:
         """Its cache is not what the other servers' caches are: nothing was computed there yet, or not all of it."""
         self.is_cut_off = False
         """It can't reach the next server, so that the client carries the states between them."""
+        self.can_replay = True
+        """What it has kept may rebuild others; not where that did not bring them to where they should be."""
+        self.handed_on = -1
+        """Number of the last step that it gave to the client to carry, in the attempt under way."""
+        self.num_refusals = 0
+        """Times that it was too busy for the step under way."""
         self.stays_until_s = 0.0
-        """Before this time nobody is looked for to take the place of this server, which is about to stop."""
+        """Before this time nobody is looked for to take the place of this server, though it should be left."""
         self._stream = stream
         self._route: Route | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -223,6 +229,13 @@ class HopSession:
         if self.error is None:
             self.error = error
             self._on_failure(self, error)
+
+
+def request_of(step: Step) -> StepRequest:
+    """What a step asks for."""
+    return StepRequest(
+        keep=step.keep, row_tokens=step.row_tokens, row_order=step.row_order, position_runs=step.position_runs
+    )
 
 
 def make_step(

@@ -14,10 +14,10 @@ from petals_client.flight import Flight, InterruptedFlight
 from petals_client.opening import ChainOpener
 from petals_client.patience import Patience
 from petals_client.recovery import Recovery
-from petals_client.session import BACKLOG_BYTES, HopSession, States, make_step, read_states
+from petals_client.session import BACKLOG_BYTES, HopSession, States, make_step, read_states, request_of
 from petals_client.step_notes import StepNotes
-from petals_client.swarm import Servers, Swarm, explain_failure
-from petals_core.errors import Disposition, InvalidRequestError, PeerConnectionError, PetalsError, ProtocolError
+from petals_client.swarm import Servers, Swarm
+from petals_core.errors import InvalidRequestError, PeerConnectionError, PetalsError, ProtocolError
 from petals_core.routing.graph import Chain, Hop
 from petals_core.steps import StepHistory, StepRequest
 from petals_core.tensors.codec import TensorSpec
@@ -146,6 +146,7 @@ class SwarmSession:
                 continue
             finally:
                 self._flight = None
+        self._recovery.end_step()
         self.notes.end_step(
             self.hops,
             part_tokens=[states.spec.shape[0] for _, states in parts],
@@ -177,7 +178,6 @@ class SwarmSession:
 
         Raises:
             InterruptedFlight: something has happened to the chain.
-            PetalsError: the step can't be done.
         """
         sender: asyncio.Task[None] | None = None
         if len(flight.parts) == flight.num_begun == 1 and flight.parts[-1][1].spec.num_bytes <= BACKLOG_BYTES:
@@ -227,7 +227,9 @@ class SwarmSession:
             index = self.hops.index(hop)
             if index + 1 >= len(self.hops):
                 raise ProtocolError("the last server of the chain passed states on")
-            carrying = asyncio.create_task(self._carry(hop, event, index + 1, body, self._read_carried(body, message)))
+            states = self._read_carried(body, message)
+            hop.handed_on = body.step
+            carrying = asyncio.create_task(self._carry(hop, event, index + 1, body, states))
             self._carrying.add(carrying)
             carrying.add_done_callback(self._carrying.discard)
             return
@@ -246,20 +248,27 @@ class SwarmSession:
         hop.accept(event)
 
     def _read_carried(self, step: Step, message: Message) -> States:
-        """States that a server could not pass on itself."""
+        """States that a server could not pass on itself; step and states are those of the part that it was sent."""
         if len(step.tensors) != 1:
             raise ProtocolError(f"the server passed on {len(step.tensors)} tensors instead of one")
         spec = TensorSpec.from_wire(step.tensors[0])
         flight = self._flight
-        sent = None if flight is None or step.passes is not None else flight.expects(step.step)
-        return read_states(message, step.tensors, spec if sent is None else sent.spec)
+        part = None if flight is None else flight.find(step.step)
+        if part is not None:
+            request, sent = part
+            if request != request_of(step):
+                raise ProtocolError(f"the server passed step {step.step} on as another one than it was sent")
+            spec = sent.spec
+        return read_states(message, step.tensors, spec)
 
     def _take(self, flight: Flight, result: StepResult, message: Message) -> None:
         if result.step != flight.next_number:
-            if flight.expects(result.step) is not None:
+            if flight.find(result.step) is not None:
                 raise ProtocolError(f"the server answered step {result.step} before step {flight.next_number}")
             return  # again
         request, sent = flight.parts[result.step - flight.first_number]
+        if result.tensors and flight.is_silent(result.step):
+            raise ProtocolError(f"the server answered step {result.step} with states that nobody wants")
         states = read_states(message, result.tensors, sent.spec) if result.tensors else None
         before_s = flight.news_s
         trip_s = flight.arrived(states)
@@ -274,11 +283,6 @@ class SwarmSession:
         if hop not in self.hops or error.attempt not in (None, self.attempt):
             return
         self.notes.write()  # what went well before, first: a success behind a failure would clear it
-        failure: PetalsError | None = None
-        if error.attempt is not None and error.disposition is Disposition.GIVE_UP:
-            failure = explain_failure(hop.hop, error)
-            failure.__cause__ = error
-        else:
-            self._recovery.note(hop, error)
+        self._recovery.note(hop, error)
         if self._flight is not None:
-            self._flight.interrupt(failure)
+            self._flight.interrupt()
