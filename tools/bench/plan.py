@@ -17,7 +17,7 @@ class Model(StrEnum):
     """Which model is run."""
 
     THIN = "thin"
-    """Wide hidden states and next to no computing: what is left of a step is the software's."""
+    """Many blocks and next to no computing: what is left of a step is the software's."""
     TEXT = "demo"
     """Continues text as its draft model expects."""
     LARGE = "bench"
