@@ -47,6 +47,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--measure", action="store_true", help="instead of COMMAND: print what TCP gets through the lab")
     what.add_argument("--trips", type=int, default=50, help="round trips to measure (default: %(default)s)")
     what.add_argument("--seconds", type=float, default=3.0, help="of each transfer to measure (default: %(default)s)")
+    what.add_argument(
+        "--ring",
+        type=float,
+        metavar="MB",
+        help="with --measure: send that much from each host to the next, all at once, and print the processor time",
+    )
     what.add_argument("--json", action="store_true", help="print figures and the state as JSON")
     inside = parser.add_argument_group("in a lab")
     inside.add_argument("--change", nargs="+", metavar="HOST:KEY=VALUE", help="connect hosts differently from now on")
@@ -90,7 +96,7 @@ def _act(arguments: argparse.Namespace) -> int:
         return forwarding.run(arguments.forward[0], arguments.forward[1], hosts, arguments.command)
     if arguments.change or arguments.state:
         changes = dict(text.partition(":")[::2] for text in arguments.change or ())
-        _print_state(router.ask(sandbox.current_folder(), changes), as_json=arguments.json)
+        _print_state(router.ask(sandbox.current_folder(), changes).hosts, as_json=arguments.json)
         return 0
     if not arguments.command and not arguments.measure:
         raise LabError("there is nothing to run: write -- COMMAND at the end, or --measure")
@@ -110,13 +116,19 @@ def _act(arguments: argparse.Namespace) -> int:
 
 
 def _measure(hosts: dict[str, HostSettings], arguments: argparse.Namespace) -> int:
-    figures = list(measurement.measure(hosts, arguments.trips, arguments.seconds))
+    figures: list[measurement.Figures] | measurement.Ring
+    if arguments.ring:
+        figures = measurement.measure_ring(list(hosts), int(arguments.ring * 1e6))
+        table = measurement.ring_table(figures)
+    else:
+        figures = list(measurement.measure(hosts, arguments.trips, arguments.seconds))
+        table = measurement.table(figures)
     if arguments.json:
         print(measurement.as_json(figures))
         return 0
     for name, settings in hosts.items():
         print(f"{name}: {describe(settings)}")
-    print(f"\n{measurement.table(figures)}")
+    print(f"\n{table}")
     return 0
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 from lab import links
-from lab.links import Drop, Network, Packet
+from lab.links import Drop, Network, Packet, Trains
 from lab.settings import HostSettings, Outage
 
 MBIT = 1e6
@@ -79,6 +79,49 @@ def test_a_train_of_segments_takes_no_longer_than_its_segments_would() -> None:
     for number in range(10):
         single.send(0.0, packet(number))
     assert landing(train)[-1][0] == pytest.approx(landing(single)[-1][0])
+
+
+def test_a_train_is_what_a_path_takes_five_milliseconds_for_and_no_more_than_a_quarter_of_its_queue() -> None:
+    hosts = {
+        "slow": HostSettings(up_bits_per_s=4 * MBIT, down_bits_per_s=20 * MBIT),
+        "fast": HostSettings(up_bits_per_s=100 * MBIT, down_bits_per_s=1_000 * MBIT),
+        "free": FAST,
+        "least": HostSettings(up_bits_per_s=0.1 * MBIT),
+    }
+    assert Trains.of("slow", hosts) == Trains(usual_segments=2, max_bytes=3_000)
+    assert Trains.of("fast", hosts) == Trains(usual_segments=8, max_bytes=62_500)
+    assert Trains.of("free", hosts) == Trains(usual_segments=8, max_bytes=65_000)
+    assert Trains.of("least", hosts) == Trains(usual_segments=2, max_bytes=3_000)
+    hosts["fast"] = HostSettings(up_bits_per_s=100 * MBIT, queue_bytes=40_000)
+    assert Trains.of("fast", hosts) == Trains(usual_segments=6, max_bytes=10_000)
+    assert Trains.of("a", {"a": FAST, "b": HostSettings(up_bits_per_s=MBIT)}) == Trains(), "b's way up is not a's"
+
+
+@given(st.none() | st.floats(1e4, 1e10), st.none() | st.floats(1e4, 1e10))
+def test_a_usual_train_is_one_that_is_allowed(up: float | None, down: float | None) -> None:
+    trains = Trains.of("a", {"a": HostSettings(up_bits_per_s=up), "b": HostSettings(down_bits_per_s=down)})
+    assert trains.usual_segments >= 2
+    assert trains.usual_segments * 1500 <= trains.max_bytes <= 65_000
+
+
+def test_nothing_wakes_the_router_for_a_packet_in_the_middle() -> None:
+    network: Network[int] = Network({"a": HostSettings(delay_s=0.010), "b": HostSettings(delay_s=0.020)})
+    network.send(0.0, packet())
+    assert network.next_s == pytest.approx(0.020)
+    assert network.arrivals(0.020) == []
+    assert network.next_s == pytest.approx(0.030)
+
+
+def test_a_change_finds_packets_where_they_are_though_nobody_woke_for_them() -> None:
+    network: Network[int] = Network({"a": HostSettings(delay_s=0.1), "b": HostSettings(delay_s=0.2)})
+    network.send(0.0, packet(0))
+    network.send(0.1, packet(1))
+    network.change(0.15, "b", HostSettings(delay_s=0.25))
+    # The first was on its way down already.
+    assert landing(network) == [(pytest.approx(0.3), 0), (pytest.approx(0.45), 1)]
+    network.send(1.0, packet(2))
+    network.change(1.05, "b", FAST)
+    assert landing(network) == [(pytest.approx(1.1), 2)]
 
 
 def test_a_full_queue_drops_what_comes_and_takes_more_when_it_has_room() -> None:

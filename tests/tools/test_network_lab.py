@@ -66,6 +66,47 @@ def test_tcp_gets_what_was_asked() -> None:
 
 
 @needs_lab
+def test_a_ring_of_senders_says_what_the_router_took() -> None:
+    hosts = [f"{name}:delay=1ms,rate=80mbit" for name in ("a", "b", "c")]
+    done = lab("--hosts", *hosts, "--measure", "--ring=0.5", "--json")
+    assert done.returncode == 0, done.stderr
+    ring = json.loads(done.stdout)
+    assert ring["taken_s"] >= 0.05
+    assert ring["num_packets"] >= 3 * 500_000 / 65_536
+    assert all(sum(ring[who]) > 0 for who in ("router_s", "ends_s"))
+
+
+@needs_lab
+def test_an_open_connection_sends_trains_of_the_size_that_a_change_asks_for() -> None:
+    serve = f"""{sys.executable} -c "
+import socket
+connection = socket.create_server(('b', 99)).accept()[0]
+while connection.recv(65536): pass
+connection.send(b'!')
+" """
+    ask = f"""
+import json, socket, subprocess
+while True:
+    try:
+        connection = socket.socket()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        connection.connect(("b", 99))
+        break
+    except ConnectionRefusedError:
+        pass
+subprocess.run({LAB} + ["--change", "a:rate=40mbit"], check=True, stdout=subprocess.DEVNULL)
+connection.sendall(bytes(1_000_000))
+connection.shutdown(socket.SHUT_WR)
+connection.recv(1)
+print(subprocess.run({LAB} + ["--state", "--json"], check=True, stdout=subprocess.PIPE, text=True).stdout)
+"""
+    done = lab("--hosts", "a", "b", "--run", "b", serve, "--", sys.executable, "-c", ask)
+    assert done.returncode == 0, done.stderr
+    # 17 segments of 1,448 bytes each; single ones, as the kernel would send of trains that are too long, are 690.
+    assert 1_000_000 / 25_000 <= json.loads(done.stdout)["a"]["sent_packets"] <= 150
+
+
+@needs_lab
 def test_a_command_has_a_network_of_its_own_with_names_and_gives_its_exit_code() -> None:
     script = "import socket, os; print(socket.gethostbyname('b'), os.getpid() < 100); raise SystemExit(7)"
     done = lab("--hosts", "a", "b", "--", sys.executable, "-c", script)

@@ -13,6 +13,8 @@ import socket
 import struct
 from pathlib import Path
 
+from lab.links import Trains
+
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
@@ -37,7 +39,7 @@ _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8916, 0x891C
 _SIOCSIFMTU, _SIOCSIFTXQLEN = 0x8922, 0x8943
 _IFF_UP = 0x1
 _RTM_NEWLINK, _NLM_REQUEST_ACK, _IFLA_GSO_MAX_BYTES = 16, 0x5, 41
-_GSO_MIN_BYTES, _GSO_MAX_BYTES = 12_000, 65_000
+_IPV4_SETTINGS = Path("/proc/sys/net/ipv4")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -120,18 +122,13 @@ def allow_trains(tun: int, allowed: bool) -> None:
     fcntl.ioctl(tun, _TUNSETOFFLOAD, _OFFLOAD_CHECKSUM | (_OFFLOAD_TCP4 if allowed else 0))
 
 
-def limit_trains(bits_per_s: float | None) -> None:
-    """Bound the trains of the current namespace's device to what takes 1 ms at a rate, so that queues are shared.
-
-    Eight segments are always allowed: at low rates a router would spend more time on each byte than at high ones.
+def size_trains(trains: Trains) -> None:
+    """Have TCP of the current namespace's device send trains of such sizes, on connections that are open too.
 
     Raises:
         OSError: the kernel refused.
     """
-    max_bytes = _GSO_MAX_BYTES
-    if bits_per_s is not None:
-        max_bytes = int(min(_GSO_MAX_BYTES, max(_GSO_MIN_BYTES, bits_per_s / 8 * 1e-3)))
-    attribute = struct.pack("=HHI", 8, _IFLA_GSO_MAX_BYTES, max_bytes)
+    attribute = struct.pack("=HHI", 8, _IFLA_GSO_MAX_BYTES, trains.max_bytes)
     body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, socket.if_nametoindex(DEVICE), 0, 0) + attribute
     message = struct.pack("=IHHII", 16 + len(body), _RTM_NEWLINK, _NLM_REQUEST_ACK, 1, 0) + body
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
@@ -139,6 +136,12 @@ def limit_trains(bits_per_s: float | None) -> None:
         code = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
     if code:
         raise OSError(code, os.strerror(code))
+    (_IPV4_SETTINGS / "tcp_min_tso_segs").write_text(str(trains.usual_segments))
+    # A connection asks for the device's bound when it looks up its route. This setting's change makes all do that; the
+    # setting itself means nothing here, where a device has one address. Otherwise the kernel would take what is too
+    # long apart into single segments.
+    flushing = _IPV4_SETTINGS / "conf" / DEVICE / "promote_secondaries"
+    flushing.write_text("0" if flushing.read_text().strip() == "1" else "1")
 
 
 def _request(device: str, content: bytes) -> bytes:

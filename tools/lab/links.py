@@ -24,6 +24,45 @@ MAX_HELD_BYTES = 256 << 20
 """What all ways together hold; more is dropped, so that a lab without rates can't take the machine's memory."""
 
 
+_TRAIN_S, _TRAIN_QUEUE_SHARE = 5e-3, 0.25
+_SEGMENT_BYTES = 1500
+_KERNEL_SEGMENTS, _KERNEL_BYTES = 2, 65_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trains:
+    """How many segments a host's TCP hands over together.
+
+    A router's work goes by the number of trains, but each waits for its last segment, and a queue drops all of it.
+    """
+
+    usual_segments: int = _KERNEL_SEGMENTS
+    """Even where TCP would choose fewer: what fits the slowest path from here."""
+    max_bytes: int = _KERNEL_BYTES
+    """With headers: what fits the host's own way up."""
+
+    @classmethod
+    def of(cls, name: str, hosts: Mapping[str, HostSettings]) -> Trains:
+        """Choose for one of the hosts: 5 ms of a rate and a quarter of its queue fit, and two segments always do.
+
+        Where no rate is on the way it is the kernel's choice, by the round trip.
+        """
+        up = _train_bytes(hosts[name], hosts[name].up_bits_per_s)
+        downs = [_train_bytes(each, each.down_bits_per_s) for other, each in hosts.items() if other != name]
+        least = min((num_bytes for num_bytes in (up, *downs) if num_bytes is not None), default=0)
+        return cls(
+            usual_segments=max(_KERNEL_SEGMENTS, least // _SEGMENT_BYTES),
+            max_bytes=_KERNEL_BYTES if up is None else max(_KERNEL_SEGMENTS * _SEGMENT_BYTES, up),
+        )
+
+
+def _train_bytes(settings: HostSettings, bits_per_s: float | None) -> int | None:
+    if bits_per_s is None:
+        return None
+    queue_bytes = settings.queue_limit_bytes(bits_per_s) * _TRAIN_QUEUE_SHARE
+    return int(min(_KERNEL_BYTES, queue_bytes, bits_per_s / 8 * _TRAIN_S))
+
+
 class Drop(StrEnum):
     """Why a packet vanished."""
 
@@ -117,11 +156,14 @@ class Network(Generic[T]):
         self._landing: list[tuple[float, int, Packet[T]]] = []
         self._last_climb_s = dict.fromkeys(hosts, 0.0)
         self._last_landing_s: dict[tuple[str, str], float] = {}
+        self._least_delay_s = self._find_least_delay_s()
 
     @property
     def next_s(self) -> float | None:
-        """When ``arrivals`` has something to do, as far as is known."""
-        times = [queue[0][0] for queue in (self._climbing, self._landing) if queue]
+        """Before when nothing arrives, as far as is known; ``None`` if nothing is on its way."""
+        times = [self._landing[0][0]] if self._landing else []
+        if self._climbing:
+            times.append(self._climbing[0][0] + self._least_delay_s)
         return min(times, default=None)
 
     def send(self, now_s: float, packet: Packet[T]) -> Drop | None:
@@ -149,9 +191,7 @@ class Network(Generic[T]):
 
     def arrivals(self, now_s: float) -> list[Packet[T]]:
         """Let time go on to ``now_s`` and return what has arrived, in order."""
-        while self._climbing and self._climbing[0][0] <= now_s:
-            head_s, _, tail_s, packet = heapq.heappop(self._climbing)
-            self._descend(head_s, tail_s, packet)
+        self._pass_middle(now_s)
         arrived = []
         while self._landing and self._landing[0][0] <= now_s:
             time_s, _, packet = heapq.heappop(self._landing)
@@ -167,12 +207,26 @@ class Network(Generic[T]):
 
     def change(self, now_s: float, name: str, settings: HostSettings) -> None:
         """Connect a host differently from now on; packets that are on a way keep the delay that they set out with."""
+        self._pass_middle(now_s)
         self.hosts[name] = settings
+        self._least_delay_s = self._find_least_delay_s()
         for way, bits_per_s in (
             (self._ups[name], settings.up_bits_per_s),
             (self._downs[name], settings.down_bits_per_s),
         ):
             way.change(now_s, bits_per_s, settings.queue_limit_bytes(bits_per_s or 0.0), settings.loss)
+
+    def _pass_middle(self, now_s: float) -> None:
+        """Queue for their ways down the packets that have come to the middle, in order.
+
+        How late that happens changes nothing, so it needs no waking: it only has to be before they could arrive.
+        """
+        while self._climbing and self._climbing[0][0] <= now_s:
+            head_s, _, tail_s, packet = heapq.heappop(self._climbing)
+            self._descend(head_s, tail_s, packet)
+
+    def _find_least_delay_s(self) -> float:
+        return min((settings.delay_s for settings in self.hosts.values()), default=0.0)
 
     def _descend(self, head_s: float, tail_s: float, packet: Packet[T]) -> None:
         destination = self.hosts[packet.destination]

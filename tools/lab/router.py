@@ -1,7 +1,7 @@
 """The middle of the network: a process that carries packets between the hosts' TUN devices when they are due.
 
 It answers lines of JSON on a Unix socket: ``{"change": {"a": "delay=5ms"}}`` connects a host differently from now on,
-``{}`` only asks; the answer says how every host is connected and what has passed.
+``{}`` only asks; the answer says how every host is connected, what has passed, and what processor time it took.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import select
 import socket
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import kernel
-from lab.links import Network, Packet
+from lab.links import Network, Packet, Trains
 from lab.packets import VIRTIO_BYTES, parse
 from lab.settings import HostSettings, LabError, describe, parse_settings
 
@@ -27,6 +28,8 @@ _MAX_READ_BYTES = VIRTIO_BYTES + 65536
 _MAX_READS = 64
 _REQUEST_BYTES = 65536
 _MAX_WAIT_S = 60.0
+_LONG_WAIT_S, _EARLY_S = 5e-3, 3e-4
+"""After a long sleep a processor is slow to start: a router that was idle wakes a little before it has to write."""
 _PRIORITY = -15
 
 
@@ -49,7 +52,8 @@ class Router:
         self._names = {port.address: port.name for port in ports}
         self._control = control
         self._network: Network[bytes] = Network(hosts, seed=seed, start_s=time.monotonic())
-        self._adjust(ports)
+        self._trains: dict[int, Trains] = {}
+        self._adjust()
 
     def run(self) -> None:
         """Work for ever."""
@@ -59,30 +63,42 @@ class Router:
             os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
         inputs = [self._control.fileno(), *self._ports]
         while True:
+            for tun in self._deliver():
+                # The kernel has received within our call: acknowledgements, and what they set free, wait already.
+                self._read(tun)
             due_s = self._network.next_s
             wait_s = _MAX_WAIT_S if due_s is None else max(0.0, due_s - time.monotonic())
+            if wait_s > _LONG_WAIT_S:
+                wait_s -= _EARLY_S
             readable, _, _ = select.select(inputs, (), (), wait_s)
             for each in readable:
                 if each == self._control.fileno():
                     self._answer()
                 else:
-                    self._read(self._ports[each])
-            for packet in self._network.arrivals(time.monotonic()):
-                # A full device of the receiver drops the packet, as a full card does.
-                with contextlib.suppress(BlockingIOError):
-                    os.write(self._tuns[packet.destination], packet.content)
+                    self._read(each)
 
-    def _read(self, port: Port) -> None:
+    def _deliver(self) -> set[int]:
+        """Write what is due; return the devices of the receivers."""
+        tuns = set()
+        for packet in self._network.arrivals(time.monotonic()):
+            tuns.add(tun := self._tuns[packet.destination])
+            # A full device of the receiver drops the packet, as a full card does.
+            with contextlib.suppress(BlockingIOError):
+                os.write(tun, packet.content)
+        return tuns
+
+    def _read(self, tun: int) -> None:
+        name = self._ports[tun].name
         for _ in range(_MAX_READS):
             try:
-                data = os.read(port.tun, _MAX_READ_BYTES)
+                data = os.read(tun, _MAX_READ_BYTES)
             except BlockingIOError:
                 return
             header = parse(data)
             if header is None or (destination := self._names.get(header.destination)) is None:
                 continue  # nobody has that address
             packet = Packet(
-                source=port.name,
+                source=name,
                 destination=destination,
                 num_bytes=header.num_bytes,
                 segment_bytes=header.segment_bytes,
@@ -96,7 +112,8 @@ class Router:
             try:
                 connection.settimeout(1.0)
                 self._change(json.loads(connection.recv(_REQUEST_BYTES)).get("change", {}))
-                answer: dict[str, object] = {"hosts": self._state()}
+                used = resource.getrusage(resource.RUSAGE_SELF)
+                answer: dict[str, object] = {"hosts": self._state(), "processor_s": (used.ru_utime, used.ru_stime)}
             except (LabError, ValueError, AttributeError) as error:
                 answer = {"error": str(error)}
             except OSError:
@@ -111,16 +128,18 @@ class Router:
         settings = {name: parse_settings(text, hosts[name]) for name, text in changes.items()}
         for name, each in settings.items():
             self._network.change(time.monotonic(), name, each)
-        self._adjust([port for port in self._ports.values() if port.name in changes])
+        self._adjust()
 
-    def _adjust(self, changed: list[Port]) -> None:
+    def _adjust(self) -> None:
         """Choose how the kernel hands over TCP's segments: one by one where chance picks among them."""
-        loses = any(settings.loss for settings in self._network.hosts.values())
-        for port in self._ports.values():
-            kernel.allow_trains(port.tun, not loses)
-        for port in changed:
-            kernel.enter_network(port.namespace)
-            kernel.limit_trains(self._network.hosts[port.name].up_bits_per_s)
+        hosts = self._network.hosts
+        loses = any(settings.loss for settings in hosts.values())
+        for tun, port in self._ports.items():
+            kernel.allow_trains(tun, not loses)
+            if self._trains.get(tun) != (trains := Trains.of(port.name, hosts)):
+                kernel.enter_network(port.namespace)
+                kernel.size_trains(trains)
+                self._trains[tun] = trains
 
     def _state(self) -> dict[str, object]:
         return {
@@ -132,8 +151,18 @@ class Router:
         }
 
 
-def ask(folder: Path, changes: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """Have the router of a lab make changes, and return how its hosts are connected and what they have sent.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a router answers."""
+
+    hosts: dict[str, dict[str, Any]]
+    """How they are connected and what they have sent."""
+    processor_s: tuple[float, float]
+    """Of the router so far: in Python, and in the kernel for it, where the receivers' TCP works too."""
+
+
+def ask(folder: Path, changes: Mapping[str, str] | None = None) -> State:
+    """Have the router of a lab make changes, and return its state.
 
     Raises:
         LabError: the router refused, or there is none.
@@ -148,7 +177,7 @@ def ask(folder: Path, changes: Mapping[str, str] | None = None) -> dict[str, dic
             raise LabError(f"the lab's router doesn't answer: {error}") from error
     if "error" in answer:
         raise LabError(answer["error"])
-    return answer["hosts"]
+    return State(hosts=answer["hosts"], processor_s=tuple(answer["processor_s"]))
 
 
 CONTROL = "control"
