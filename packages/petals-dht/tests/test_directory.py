@@ -130,6 +130,22 @@ def test_a_restarted_server_replaces_itself_although_its_clock_was_set_back() ->
     asyncio.run(main())
 
 
+def test_nobody_elses_announcement_has_ours_dated_later() -> None:
+    """Else a node that lies could have it dated so far ahead that others, whose clocks are behind, refuse it."""
+
+    async def main() -> None:
+        async with start_swarm(3) as swarm:
+            given = make_announcement(swarm[0].identity)
+            strange = make_announcement(now_s=given.announcement.issued_at_s + 50)
+            slot = given.peer_id.digest
+            swarm[2].node.storage._insert(model_key(FINGERPRINT), slot, Entry(strange, "192.0.2.66"))
+            await swarm[0].announce(given)
+            found = {signed.peer_id: signed for signed in await swarm[1].find_servers(FINGERPRINT)}
+            assert found[given.peer_id] == given
+
+    asyncio.run(main())
+
+
 def test_announcing_again_searches_for_nobody() -> None:
     async def main() -> None:
         async with start_swarm(30, timing=QUICK) as swarm:

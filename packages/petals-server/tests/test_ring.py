@@ -21,6 +21,7 @@ from petals_core.errors import (
     NextHopError,
     NoSessionError,
     OutputsGoneError,
+    OverloadedError,
     PetalsError,
     RemoteFailureError,
 )
@@ -297,7 +298,10 @@ def test_a_replay_whose_turn_does_not_come_in_time(checkpoint: Path) -> None:
             try:
                 await first.stream.send(*step(0, STATES, 0))
                 request = Replay(session_id=IDS[0], attempt=1, before=1, passes=0, max_tokens=9, deadline_ms=1)
-                with pytest.raises(DeadlineExceededError, match="were not done in time"):
+                for _ in range(8):
+                    with pytest.raises(DeadlineExceededError, match="were not done in time"):
+                        await ask(to_first, request, Replayed)
+                with pytest.raises(OverloadedError, match="too many replays"):  # they are all still in the queue
                     await ask(to_first, request, Replayed)
             finally:
                 release.set()
@@ -312,6 +316,9 @@ def test_a_public_server_connects_to_no_private_network_for_a_stranger(checkpoin
             to_first.server._handler.ring.next_hops._is_local = False  # as where its own address is a public one
             with pytest.raises(NextHopError, match="private network"):
                 await ask(to_first, route(0, next=announcement(to_second.server), next_session=IDS[1]), Routed)
+            to_second.server.address = replace(to_second.server.address, host="localhost")
+            with pytest.raises(NextHopError, match="can't be reached"):  # nor where a name leads into one
+                await connect(to_first, to_second)
 
     run_clean(run())
 

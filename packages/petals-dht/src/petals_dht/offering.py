@@ -74,7 +74,8 @@ class Offering:
             InvalidAnnouncementError: it is not valid (any more), or not for this key.
             NoPeersError: no other node keeps it, though there should be some.
         """
-        slot_of(key, self._verifier.decode(encoded, now_s=self._clock()))
+        signed = self._verifier.decode(encoded, now_s=self._clock())
+        slot_of(key, signed)
         outcomes: list[Stored | None] = []
         """Of each other node what it said; None for no answer."""
         is_kept_here = False
@@ -123,7 +124,7 @@ class Offering:
             reasons = Counter("no answer" if outcome is None else outcome.reason for outcome in outcomes)
             why = reasons.most_common(1)[0][0] if reasons else "none answers; check the network connection"
             raise NoPeersError(f"no other node of the swarm keeps the announcement: {why}")
-        return Kept(num_nodes=num_kept + is_kept_here, later=self._latest(outcomes), total=total)
+        return Kept(num_nodes=num_kept + is_kept_here, later=self._latest(signed, outcomes), total=total)
 
     def _store_here(self, key: bytes, encoded: bytes) -> bool:
         try:
@@ -147,13 +148,16 @@ class Offering:
         while len(self._places) > _MAX_PLACES:
             del self._places[next(iter(self._places))]
 
-    def _latest(self, outcomes: Iterable[Stored | None]) -> SignedAnnouncement | None:
-        """The latest of the announcements that nodes keep instead of the one that was offered."""
+    def _latest(self, offered: SignedAnnouncement, outcomes: Iterable[Stored | None]) -> SignedAnnouncement | None:
+        """The latest of the announcements of the same peer and model that nodes keep instead of the one offered."""
         found: list[SignedAnnouncement] = []
         for outcome in outcomes:
             if outcome is not None and outcome.later is not None:
                 with contextlib.suppress(InvalidAnnouncementError):
-                    found.append(self._verifier.decode(outcome.later, now_s=self._clock()))
+                    later = self._verifier.decode(outcome.later, now_s=self._clock())
+                    ours = offered.announcement.fingerprint
+                    if later.peer_id == offered.peer_id and later.announcement.fingerprint == ours:
+                        found.append(later)  # anybody else's would have ours dated as late as he likes
         return max(found, key=lambda signed: signed.announcement.issued_at_s, default=None)
 
     def _is_near(self, key: bytes, nearest: Sequence[Place]) -> bool:

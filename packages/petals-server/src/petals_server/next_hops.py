@@ -66,7 +66,9 @@ class NextHops:
             raise NextHopError("too many next servers can't be reached: try again in a minute")
         try:
             async with asyncio.timeout(timeout_s):
-                connection = await self.dialer.connect(server.announcement.addresses, peer_id=server.peer_id)
+                connection = await self.dialer.connect(
+                    server.announcement.addresses, peer_id=server.peer_id, is_public=not self._is_local
+                )
                 stream = await _open_outlet(connection, session_id)
         except (PetalsError, TimeoutError) as error:
             log.debug("the next server %s can't be reached: %s", server.peer_id.short, error or "no answer in time")

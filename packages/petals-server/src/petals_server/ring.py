@@ -22,6 +22,7 @@ from petals_core.errors import (
     NextHopError,
     NoSessionError,
     OutputsGoneError,
+    OverloadedError,
     PetalsError,
     RemoteFailureError,
 )
@@ -53,6 +54,9 @@ log = logging.getLogger(__name__)
 
 _BACKLOG_BYTES: Final = 4 * MIB
 """Outputs of one session that wait for the network before the next step is computed."""
+
+_MAX_REPLAYS: Final = 8
+"""Requests to replay that wait in one session for its steps to be done; those that were given up count."""
 
 RingRequest = Route | Replay | ProgressRequest | Push
 RING_REQUESTS: Final = (Route, Replay, ProgressRequest, Push)
@@ -86,6 +90,8 @@ class RingSession:
         """What is to be done, in order. The wire's credit, which goes back when a message's turn comes, bounds it."""
         self._replays: set[asyncio.Future[int | None]] = set()
         """Requests to replay that were not answered yet."""
+        self._num_replays = 0
+        """That are in the inbox."""
         self._attempt = 0
         self._failed_attempt = -1
         self._received: int | None = None
@@ -162,6 +168,7 @@ class RingSession:
                 if isinstance(item, _Arrival):
                     await self._do(handle, item)
                 else:
+                    self._num_replays -= 1
                     await self._replay(*item)
         except Exception:
             log.exception("a session of peer %s failed", self.client)
@@ -277,7 +284,11 @@ class RingSession:
             NextHopError: the next server can't be reached.
             NoSessionError: the session has ended meanwhile.
             DeadlineExceededError: its turn did not come in time.
+            OverloadedError: too many wait for theirs.
         """
+        if self._num_replays >= _MAX_REPLAYS:
+            raise OverloadedError("too many replays of this session wait already", retry_after_s=1.0)
+        self._num_replays += 1
         self._begin_attempt(request.attempt)
         future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._replays.add(future)

@@ -66,11 +66,14 @@ class Dialer:
         """The identity that other ends see."""
         return self._identity.peer_id
 
-    async def connect(self, addresses: Sequence[Address], *, peer_id: PeerId | None) -> PeerConnection:
+    async def connect(
+        self, addresses: Sequence[Address], *, peer_id: PeerId | None, is_public: bool = False
+    ) -> PeerConnection:
         """Return the open connection to a peer, or make one; callers that come together share one attempt.
 
         Addresses are tried in order, the next one a quarter of a second after the last. ``peer_id`` None takes whoever
-        answers (``PeerConnection.peer_id`` says who), for first contacts of which only the address is known. When the
+        answers (``PeerConnection.peer_id`` says who), for first contacts of which only the address is known. With
+        ``is_public`` no host name is followed into a private network or this machine. When the
         caller is cancelled the attempt goes on for the others, for ``connect_timeout_s`` at most.
 
         Raises:
@@ -88,7 +91,7 @@ class Dialer:
         key = peer_id or tuple(addresses)
         attempt = self._attempts.get(key)
         if attempt is None:
-            attempt = self._attempts[key] = self._tasks.start(self._connect(tuple(addresses), peer_id))
+            attempt = self._attempts[key] = self._tasks.start(self._connect(tuple(addresses), peer_id, is_public))
             attempt.add_done_callback(lambda _: self._attempts.pop(key, None))
         try:
             return await asyncio.shield(attempt)
@@ -121,11 +124,11 @@ class Dialer:
             return self._connections.get(peer_id)
         return next((each for each in self._connections.values() if each.address in addresses), None)
 
-    async def _connect(self, addresses: tuple[Address, ...], peer_id: PeerId | None) -> PeerConnection:
+    async def _connect(self, addresses: tuple[Address, ...], peer_id: PeerId | None, is_public: bool) -> PeerConnection:
         deadline = asyncio.get_running_loop().time() + self.connect_timeout_s
         connection = await race(
             addresses,
-            lambda address: self._reach(address, peer_id, deadline),
+            lambda address: self._reach(address, peer_id, deadline, is_public),
             head_start_s=_HEAD_START_S,
             discard=self._discard,
         )
@@ -137,12 +140,19 @@ class Dialer:
             self._connections[connection.peer_id] = connection
         return connection
 
-    async def _reach(self, address: Address, peer_id: PeerId | None, deadline: float) -> PeerConnection:
+    async def _reach(
+        self, address: Address, peer_id: PeerId | None, deadline: float, is_public: bool
+    ) -> PeerConnection:
         """Connect to one address, by whichever of its IP addresses answers first."""
         if address.ip is not None:
             return await self._dial(address, address.host, peer_id, deadline)
+        hosts = await self._look_up(address, deadline)
+        if is_public:
+            hosts = [host for host in hosts if (ip := Address(host, address.port).ip) is not None and ip.is_global]
+            if not hosts:
+                raise PeerConnectionError(f"the name {address.host} stands for no address that all the world can reach")
         return await race(
-            await self._look_up(address, deadline),
+            hosts,
             lambda host: self._dial(address, host, peer_id, deadline),
             head_start_s=_HEAD_START_S,
             discard=self._discard,
