@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -23,12 +24,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from local_swarm import LocalSwarm
-from nursery import Birth, Nursery
+from nursery import Birth, Holdings, Nursery, count_tasks, open_sockets
 from petals_client import AutoDistributedModelForCausalLM
+from petals_client.swarm_session import SwarmSession
 from petals_core.addresses import Address
 from petals_core.errors import PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.net.rpc import call
+from petals_core.routing.graph import Hop
 from petals_core.testing.factories import VOCABULARY, make_checkpoint
 from petals_core.testing.faults import Direction, Fault, FaultKind, FaultProxy
 from petals_core.wire.messages import Info, InfoRequest
@@ -44,6 +47,11 @@ _PROMPT_TOKENS: Final = 160
 _GREEDY: Final[dict[str, Any]] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "speculation": "off"}
 _DELAY_S: Final = 5.0
 _SETTLE_S: Final = 5.0
+_CACHE_TOKENS: Final = 16_384
+_ALL_WAYS: Final = ((0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1))
+"""Chains that between them use every way from a server to a next one; numbers are of a span's copies."""
+_ROUNDING: Final = 4 * 2**-8
+"""Of the largest logit: a few units in bfloat16's last place, by which logits of equal caches may differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +82,7 @@ class FaultLab:
     def __init__(self, *, seed: int = 0, torch_dtype: str = "float32") -> None:
         self._rng = random.Random(seed)
         self._torch_dtype = torch_dtype
+        self._dtype = getattr(torch, torch_dtype)
         self._resources = contextlib.ExitStack()
         self._proxies: dict[int, FaultProxy] = {}
         self._births: dict[int, Birth] = {}
@@ -113,13 +122,11 @@ class FaultLab:
             self._begin(number)
         for pid in self._pids.values():
             self._nursery.wait_until_ready(pid)
-        self._local = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32).eval()
+        self._local = AutoModelForCausalLM.from_pretrained(self._model, dtype=self._dtype).eval()
         self._distributed = AutoDistributedModelForCausalLM.from_pretrained(
-            self._model, initial_peers=[self._address], dtype=torch.float32
+            self._model, initial_peers=[self._address], dtype=self._dtype
         )
         self._resources.callback(self._distributed.close)
-        # What a client begins with its first session and has as long as it lives is nothing that a cell leaves behind.
-        self._distributed.generate(torch.tensor([[3]]), max_new_tokens=1, **_GREEDY)
 
     # --- servers ------------------------------------------------------------------------------------------------------
 
@@ -142,6 +149,7 @@ class FaultLab:
                 announced_port=proxy.address.port,
                 initial_peers=(self._address,),
                 torch_dtype=self._torch_dtype,
+                cache_tokens=_CACHE_TOKENS,
             )
         self._pids[number] = self._nursery.start(birth)
 
@@ -175,7 +183,10 @@ class FaultLab:
         started_s = time.monotonic()
         struck: list[int] = []
         self._ask(self._forgive)
-        before = self._ask(self._count)
+        self._ask(self._meet)
+        # What a client begins with its work, and has for half a minute, is nothing that a cell leaves behind.
+        self._distributed.generate(torch.tensor([[3]]), max_new_tokens=1, **_GREEDY)
+        before = self._count()
         problems: list[str] = []
         with contextlib.ExitStack() as releases:
 
@@ -185,9 +196,8 @@ class FaultLab:
             length = _PROMPT_TOKENS + 3 * _NUM_TOKENS
             with self._distributed.inference_session(max_length=length) as session:
                 try:
-                    given, expected = self._generate(cell, session, strike)
-                    if not torch.equal(given, expected):
-                        problems.append("other tokens than the local model")
+                    given, num_before = self._generate(cell, session, strike)
+                    problems += self._find_wrong_tokens(given, num_before)
                 except PetalsError as error:
                     problems.append(f"{type(error).__name__}: {error.message}")
         if not struck:
@@ -195,16 +205,14 @@ class FaultLab:
         total_s = time.monotonic() - started_s
         victims = {self._peer_ids[number] for number in struck}
         problems += self._ask(lambda swarm: self._find_blamed(swarm, victims))
-        problems += self._ask(lambda swarm: self._find_remains(swarm, victims, before))
+        problems += self._find_remains(struck, before)
         self._renew(struck)
         return Result(cell=cell, problems=tuple(problems), total_s=total_s)
 
-    def _generate(self, cell: Cell, session: Any, strike: Callable[[], None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens through servers, and the same from the local model."""
+    def _generate(self, cell: Cell, session: Any, strike: Callable[[], None]) -> tuple[torch.Tensor, int]:
+        """The prompt and its tokens through servers, and how many of them were there when the fault struck."""
         prompt = torch.tensor([[self._rng.randrange(3, VOCABULARY) for _ in range(_PROMPT_TOKENS)]])
         settings = {**_GREEDY, "max_new_tokens": _NUM_TOKENS}
-        local = {name: value for name, value in settings.items() if name != "speculation"}
-        whole = self._local.generate(prompt, **{**local, "max_new_tokens": 2 * _NUM_TOKENS})
         if cell.moment == "prefill":
             # The first thing that a session does; its servers are known once it is open.
             self._distributed.generate(prompt[:, :1], **{**settings, "max_new_tokens": 1})
@@ -213,22 +221,44 @@ class FaultLab:
             timer.start()
             given = self._distributed.generate(prompt, **settings)
             timer.join()
-            return given, whole[:, : _PROMPT_TOKENS + _NUM_TOKENS]
+            return given, _PROMPT_TOKENS
         if cell.moment.startswith("step"):
-            striker = _At(int(cell.moment.split()[1]), strike, self._rng.uniform(0.0, 0.003))
+            step = int(cell.moment.split()[1])
+            striker = _At(step, strike, self._rng.uniform(0.0, 0.003))
             given = self._distributed.generate(prompt, stopping_criteria=[striker], **settings)
             striker.join()
-            return given, whole[:, : _PROMPT_TOKENS + _NUM_TOKENS]
-        first = self._distributed.generate(prompt, **settings)
-        if cell.moment == "between":
-            strike()
-            second = self._distributed.generate(None, **settings)
-            return torch.cat([first, second], dim=1), whole
-        length = _PROMPT_TOKENS + _NUM_TOKENS // 2
-        session.truncate(length)
+            if not all(torch.equal(seen, given[:, : seen.shape[1]]) for seen in striker.seen):
+                raise PetalsError("tokens that were given have changed")
+            return given, _PROMPT_TOKENS + step
+        given = self._distributed.generate(prompt, **settings)
+        if cell.moment == "truncate":
+            given = given[:, : _PROMPT_TOKENS + _NUM_TOKENS // 2]
+            session.truncate(given.shape[1])
         strike()
         again = self._distributed.generate(None, **settings)
-        return torch.cat([first[:, :length], again], dim=1), whole[:, : length + _NUM_TOKENS]
+        return torch.cat([given, again], dim=1), given.shape[1]
+
+    def _find_wrong_tokens(self, given: torch.Tensor, num_before: int) -> list[str]:
+        """In float32 they are those of the local model.
+
+        In less precise types they are such as the local model gives whose cache is computed anew from those that were
+        there when the fault struck, but for ties of rounding.
+        """
+        num_tokens = given.shape[1] - _PROMPT_TOKENS
+        if self._dtype is torch.float32:
+            local = {name: value for name, value in _GREEDY.items() if name != "speculation"}
+            expected = self._local.generate(given[:, :_PROMPT_TOKENS], **local, max_new_tokens=num_tokens)
+            return [] if torch.equal(given, expected) else ["other tokens than the local model"]
+        wrong = []
+        with torch.no_grad():
+            for start, end in ((_PROMPT_TOKENS, num_before), (num_before, given.shape[1])):
+                output = self._local(given[:, :start])
+                for position in range(start, end):
+                    logits, token = output.logits[0, -1].float(), given[0, position]
+                    if logits.max() - logits[token] > _ROUNDING * logits.abs().max():
+                        wrong.append(f"token {position - _PROMPT_TOKENS} is none of the local model's likeliest")
+                    output = self._local(token.view(1, 1), past_key_values=output.past_key_values)
+        return wrong
 
     def _strike(self, cell: Cell, session: Any, releases: contextlib.ExitStack) -> list[int]:
         """Do it; returns the numbers of the servers that it was done to."""
@@ -281,34 +311,79 @@ class FaultLab:
         for number in self._births:
             swarm.praise(self._peer_ids[number])
 
-    async def _count(self, swarm: Any) -> int:
-        return len(asyncio.all_tasks())
+    async def _meet(self, swarm: Any) -> None:
+        """Have all servers connected to each other and the client, so that a cell adds no connection that stays."""
+        servers = await swarm.directory.servers()
+        copies = [[number for number in self._births if number % len(SPANS) == index] for index in range(len(SPANS))]
+        for way in _ALL_WAYS:
+            chain = tuple(
+                Hop(peer_id=self._peer_ids[copies[index][copy]], start=span[0], end=span[1])
+                for index, (copy, span) in enumerate(zip(way, SPANS, strict=True))
+            )
+            session = SwarmSession(swarm, start=0, end=SPANS[-1][1], num_rows=1, max_length=8)
+            await session.open((chain, servers))
+            session.close()
+
+    def _count(self) -> dict[int | None, Holdings]:
+        """What servers hold, by their numbers, and the client's part of this process."""
+        held: dict[int | None, Holdings] = {
+            number: self._nursery.count(pid) for number, pid in self._pids.items() if number in self._births
+        }
+        held[None] = self._ask(self._count_own)
+        return held
+
+    async def _count_own(self, swarm: Any) -> Holdings:
+        ports = {proxy.address.port for proxy in self._proxies.values()}
+        return Holdings(
+            num_tasks=count_tasks(),
+            num_streams=sum(connection.num_streams for connection in swarm._dialer._connections.values()),
+            num_sockets=sum(_far_port(descriptor) in ports for descriptor in open_sockets()),
+        )
 
     async def _find_blamed(self, swarm: Any, victims: set[PeerId]) -> list[str]:
         healthy = {self._peer_ids[number] for number in self._births} - victims
         return [f"{peer.short} was blamed" for peer in healthy if swarm.health.num_failures(peer)]
 
-    async def _find_remains(self, swarm: Any, victims: set[PeerId], num_tasks: int) -> list[str]:
+    def _find_remains(self, struck: Sequence[int], before: dict[int | None, Holdings]) -> list[str]:
         """What is still there on servers that live, and in this process, some seconds later."""
         deadline_s = time.monotonic() + _SETTLE_S
-        healthy = [self._peer_ids[number] for number in self._births if self._peer_ids[number] not in victims]
-        servers = {signed.peer_id: signed for signed in (await swarm.directory.servers()).values()}
+        healthy = [number for number in self._births if number not in struck]
         while True:
-            problems: list[str] = []
-            for peer in healthy:
-                if peer not in servers:
-                    continue
-                reply = await call(await swarm.connect(servers[peer]), InfoRequest(), reply=Info, timeout_s=5.0)
-                assert isinstance(reply.body, Info)
-                if reply.body.num_sessions:
-                    problems.append(f"{peer.short} has {reply.body.num_sessions} sessions")
-                elif reply.body.cache_tokens_left < 16_384:
-                    problems.append(f"{peer.short} has pages left")
-            if len(asyncio.all_tasks()) > num_tasks:
-                problems.append(f"{len(asyncio.all_tasks()) - num_tasks} tasks of the client are left")
+            problems: list[str] = self._ask(lambda swarm: self._find_pages(swarm, healthy))
+            for number in (*healthy, None):
+                now = self._ask(self._count_own) if number is None else self._nursery.count(self._pids[number])
+                name = "the client" if number is None else self._peer_ids[number].short
+                for what in ("tasks", "streams", "sockets"):
+                    more = getattr(now, f"num_{what}") - getattr(before[number], f"num_{what}")
+                    problems += [f"{name} has {more} {what} more than before"] if more > 0 else []
             if not problems or time.monotonic() >= deadline_s:
                 return problems
-            await asyncio.sleep(0.05)
+            time.sleep(0.05)
+
+    async def _find_pages(self, swarm: Any, numbers: Sequence[int]) -> list[str]:
+        """Sessions and pages that servers still hold."""
+        servers = await swarm.directory.servers()
+        problems = []
+        for peer in (self._peer_ids[number] for number in numbers):
+            if peer not in servers:
+                problems.append(f"{peer.short} is not announced")
+                continue
+            reply = await call(await swarm.connect(servers[peer]), InfoRequest(), reply=Info, timeout_s=5.0)
+            assert isinstance(reply.body, Info)
+            if reply.body.num_sessions:
+                problems.append(f"{peer.short} has {reply.body.num_sessions} sessions")
+            elif reply.body.cache_tokens_left != _CACHE_TOKENS:
+                problems.append(f"{peer.short} has pages left")
+        return problems
+
+
+def _far_port(descriptor: int) -> int | None:
+    """The port at the other end of a socket; None: there is none."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as twin:
+        if twin.family in (socket.AF_INET, socket.AF_INET6):
+            port: int = twin.getpeername()[1]
+            return port
+    return None
 
 
 class _At:
@@ -317,10 +392,13 @@ class _At:
     def __init__(self, step: int, action: Callable[[], None], after_s: float) -> None:
         self._step = step
         self._count = 0
+        self.seen: list[torch.Tensor] = []
+        """All tokens, as they were after each step."""
         self._timer = threading.Timer(after_s, action)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self._count += 1
+        self.seen.append(input_ids.clone())
         if self._count == self._step:
             self._timer.start()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)

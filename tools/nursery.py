@@ -28,9 +28,11 @@ from types import TracebackType
 from typing import Final, Self
 
 START_TIMEOUT_S: Final = 120.0
+_COUNT_TIMEOUT_S: Final = 10.0
 _IMPORTED: Final = "imported"
 _BORN: Final = "born"
 _READY: Final = "ready"
+_HOLDS: Final = "holds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,17 @@ class Birth:
     """Where others connect to, if something stands between; None: ``port``."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """What a process has open."""
+
+    num_tasks: int
+    """Of its event loop, without those of the directory, which searches now and then."""
+    num_streams: int
+    """On all of its connections to peers."""
+    num_sockets: int
+
+
 class NurseryError(Exception):
     """The nursery ended, or a server did not start; the text says where to look."""
 
@@ -64,6 +77,8 @@ class Nursery:
         self._pids: dict[int, int] = {}
         self._ready: set[int] = set()
         """Process ids."""
+        self._holdings: dict[int, Holdings] = {}
+        """By process ids, what servers have answered."""
         self._is_over = False
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
@@ -113,6 +128,16 @@ class Nursery:
         """Wait for that."""
         self._wait(lambda: pid in self._ready, f"the server of process {pid} is not ready, see {self._folder}")
 
+    def count(self, pid: int) -> Holdings:
+        """Ask a server what it has open; it has to be ready and not stopped."""
+        with self._changed:
+            self._holdings.pop(pid, None)
+        os.kill(pid, signal.SIGUSR1)
+        with self._changed:
+            if not self._changed.wait_for(lambda: pid in self._holdings, _COUNT_TIMEOUT_S):
+                raise NurseryError(f"the server of process {pid} does not say what it has open")
+            return self._holdings[pid]
+
     def close(self) -> None:
         """Kill all servers and the nursery."""
         with contextlib.suppress(ProcessLookupError):
@@ -141,12 +166,34 @@ class Nursery:
                             self._pids[int(number)] = int(pid)
                         case "ready", [pid]:
                             self._ready.add(int(pid))
+                        case "holds", [pid, *counts]:
+                            tasks, streams, sockets = map(int, counts)
+                            self._holdings[int(pid)] = Holdings(
+                                num_tasks=tasks, num_streams=streams, num_sockets=sockets
+                            )
                         case _:
                             pass
                     self._changed.notify_all()
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
+
+
+def count_tasks() -> int:
+    """Tasks of this event loop that are not the directory's."""
+    codes = (getattr(task.get_coro(), "cr_code", None) for task in asyncio.all_tasks())
+    return sum(code is None or "petals_dht" not in Path(code.co_filename).parts for code in codes)
+
+
+def open_sockets() -> list[int]:
+    """The descriptors of this process's sockets, where the system tells (Linux)."""
+    folder = Path("/proc/self/fd")
+    found = []
+    for entry in folder.iterdir() if folder.exists() else ():
+        with contextlib.suppress(OSError):  # the descriptor that listed the folder
+            if str(entry.readlink()).startswith("socket:"):
+                found.append(int(entry.name))
+    return found
 
 
 # --- the nursery's own process ----------------------------------------------------------------------------------------
@@ -240,6 +287,13 @@ async def _serve(birth: Birth, folder: Path) -> None:
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     server = await Behind.start(config)
+
+    def count() -> None:
+        connections = (*server._listener._connections, *server._dialer._connections.values())
+        streams = sum(connection.num_streams for connection in connections)
+        _tell(_HOLDS, os.getpid(), count_tasks(), streams, len(open_sockets()))
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, count)
     try:
         _tell(_READY, os.getpid())
         await stopping.wait()

@@ -193,7 +193,7 @@ def run(settings: Settings, *, tell: Callable[[str], None] = lambda text: None) 
             logger.removeHandler(failovers)
             logger.setLevel(level)
         outcome.num_failovers = failovers.count
-        _compare(results, model, outcome)
+        _compare(results, model, settings, outcome)
     return outcome
 
 
@@ -252,14 +252,15 @@ async def _count_sessions(swarm: Any) -> int:
     return count
 
 
-def _compare(results: Sequence[tuple[torch.Tensor, torch.Tensor | None]], model: Path, outcome: Outcome) -> None:
+def _compare(
+    results: Sequence[tuple[torch.Tensor, torch.Tensor | None]], model: Path, settings: Settings, outcome: Outcome
+) -> None:
     transformers_logging.disable_progress_bar()
     local = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for number, (prompt, output) in enumerate(results):
         if output is None:
             continue
-        num_tokens = output.shape[1] - prompt.shape[1]
-        expected = local.generate(prompt, max_new_tokens=num_tokens, **_GREEDY)
+        expected = local.generate(prompt, max_new_tokens=settings.num_tokens, **_GREEDY)
         if torch.equal(output, expected):
             outcome.num_identical += 1
         else:
