@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +24,6 @@ from petals_core.errors import (
     PetalsError,
     RemoteFailureError,
 )
-from petals_core.models.checkpoint import Checkpoint
 from petals_core.steps import StepRequest
 from petals_core.tensors.codec import encode
 from petals_core.tensors.states import States
@@ -83,6 +82,9 @@ class Scene:
                 known.blame(self.servers[index].peer_id, RemoteFailureError("said for the test's sake"))
 
         self.model.remote_blocks.chain.run(blame)
+
+        self.honest = self.servers[lies[0][0]]
+        """Beside the first impostor."""
 
     @property
     def impostor(self) -> Impostor:
@@ -162,32 +164,26 @@ def test_where_nobody_else_can_be_asked_the_error_names_who_said_so(scene: Calla
     assert staged.num_failures(staged.impostor) == [0]
 
 
-def test_a_request_that_two_servers_call_wrong_is_wrong_and_bans_nobody(new_swarm: Any, folder: Path) -> None:
-    swarm = new_swarm()
-    servers = [swarm.add(folder, start, end) for start, end in SPANS * 2]
+def test_a_request_that_two_servers_call_wrong_is_wrong_and_bans_nobody(scene: Callable[..., Scene]) -> None:
+    staged = scene((0, always(wrong)))  # it tells no lies
     spec, payload = encode(torch.zeros(1, 64))
-    states = States(spec=spec, payload=payload)
 
-    async def run() -> None:
-        client = Swarm(
-            ClientOptions.make(initial_peers=swarm.initial_peers),
-            model_name="tiny",
-            fingerprint=Checkpoint.open(folder).fingerprint,
-            num_blocks=6,
-            torch_dtype="float32",
-        )
-        session = SwarmSession(client, start=0, end=6, num_rows=1, max_length=16)
+    async def run(known: Swarm) -> None:
+        known.praise(staged.honest.peer_id)
+        session = SwarmSession(known, start=0, end=6, num_rows=1, max_length=16)
         try:
             await session.open()
-            await session.step([(StepRequest(keep=0, row_tokens=(1,)), states)])
-            with pytest.raises(InvalidRequestError, match="a step keeps 7 columns where only 1 are cached"):
-                await session.step([(StepRequest(keep=7, row_tokens=(1,)), states)])
-            assert [client.health.num_failures(server.peer_id) for server in servers] == [0] * 6
+            for keep, expected in ((0, None), (7, "a step keeps 7 columns where only 1 are cached")):
+                step = session.step([(StepRequest(keep=keep, row_tokens=(1,)), States(spec=spec, payload=payload))])
+                with (
+                    contextlib.nullcontext() if expected is None else pytest.raises(InvalidRequestError, match=expected)
+                ):
+                    await step
         finally:
             session.close()
-            await client.close()
 
-    asyncio.run(run())
+    staged.model.remote_blocks.chain.run(run)
+    assert staged.num_failures(staged.impostor, *staged.servers) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -213,7 +209,7 @@ def test_who_calls_forwards_or_backwards_wrong(scene: Callable[..., Scene], loca
         lambda: OverloadedError("too busy", retry_after_s=0.01),
         lambda: DrainingError("about to stop"),
         lambda: NextHopError("the next server can't be reached any more"),
-        lambda: CacheLostError("the cache is lost"),
+        lambda: CacheLostError("the cache is lost", retry_after_s=0.01),
     ],
     ids=["overloaded", "draining", "no next server", "cache lost"],
 )
