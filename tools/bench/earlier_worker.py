@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import conversation
 
-WARM_UP_TOKENS, WARM_UP_STEPS = 3, 10
+WARM_UP_TOKENS, WARM_UP_STEPS = 3, 20
 FEW_TOKENS = 5
 """The prompt and as many tokens as tell a rate."""
 

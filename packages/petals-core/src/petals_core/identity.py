@@ -34,6 +34,9 @@ class PeerId:
         if len(self.digest) != hashlib.sha256().digest_size:
             raise ConfigurationError(f"a peer id has 32 bytes, not {len(self.digest)}")
 
+    def __hash__(self) -> int:
+        return hash(self.digest)  # which bytes remember; a dataclass would make a tuple each time
+
     @classmethod
     def of_public_key(cls, public_key: bytes) -> Self:
         """Derive the id of the peer that holds ``public_key`` (32 raw bytes)."""

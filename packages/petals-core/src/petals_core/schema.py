@@ -97,7 +97,7 @@ def sequence(rule: Rule, max_items: int, min_items: int = 0) -> Rule:
     def check(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or not min_items <= len(value) <= max_items:
             raise SchemaError(f"expected a list of {min_items} to {max_items} items, got {_shown(value)}")
-        return tuple(rule(item) for item in value)
+        return tuple(map(rule, value))
 
     return check
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -86,8 +87,10 @@ class RingSession:
         self._keeps_outputs = keeps_outputs
         self._stream = stream
         """The client's."""
-        self._inbox: asyncio.Queue[_Arrival | tuple[Replay, asyncio.Future[int | None]]] = asyncio.Queue()
+        self._inbox: deque[_Arrival | tuple[Replay, asyncio.Future[int | None]]] = deque()
         """What is to be done, in order. The wire's credit, which goes back when a message's turn comes, bounds it."""
+        self._waiter: asyncio.Future[None] | None = None
+        """Of who does it, while there is nothing to do."""
         self._replays: set[asyncio.Future[int | None]] = set()
         """Requests to replay that were not answered yet."""
         self._num_replays = 0
@@ -156,15 +159,24 @@ class RingSession:
                 self._begin_attempt(step.attempt)
             if step.attempt == self._attempt:
                 self._received = step.step
-        self._inbox.put_nowait(_Arrival(stream, event, self._active_s))
+        self._put(_Arrival(stream, event, self._active_s))
+
+    def _put(self, item: _Arrival | tuple[Replay, asyncio.Future[int | None]]) -> None:
+        self._inbox.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     # --- computing ----------------------------------------------------------------------------------------------------
 
     async def _work(self, handle: StepHandler) -> None:
         """Do what the inbox holds, one after another; an error that is nobody's request's ends the session."""
+        loop = asyncio.get_running_loop()
         try:
             while True:
-                item = await self._inbox.get()
+                if not self._inbox:
+                    self._waiter = loop.create_future()
+                    await self._waiter
+                item = self._inbox.popleft()
                 if isinstance(item, _Arrival):
                     await self._do(handle, item)
                 else:
@@ -292,7 +304,7 @@ class RingSession:
         self._begin_attempt(request.attempt)
         future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._replays.add(future)
-        self._inbox.put_nowait((request, future))
+        self._put((request, future))
         try:
             async with asyncio.timeout(request.deadline_ms / 1000):
                 return await future

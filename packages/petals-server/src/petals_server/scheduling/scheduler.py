@@ -94,9 +94,10 @@ class Scheduler:
                     if part is not None:
                         parts.append(part)
                         num_decode += part.num_tokens
-            budget = self.pace.bulk_tokens(num_decode, now_s, {request.session for request in alike})
-            for request in alike:
-                if request.urgency is not Urgency.DECODE and budget > 0 and not is_full:
+            bulk = [request for request in alike if request.urgency is not Urgency.DECODE]
+            budget = self.pace.bulk_tokens(num_decode, now_s, {request.session for request in alike}) if bulk else 0
+            for request in bulk:
+                if budget > 0 and not is_full:
                     part = self._take(request, min(request.num_tokens_left, request.max_turn_tokens, budget), now_s)
                     if part is None:
                         is_full = request in self._waiting  # later prompts must not take the pages that it waits for

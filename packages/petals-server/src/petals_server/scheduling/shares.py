@@ -75,8 +75,9 @@ class VirtualTimes(Generic[K]):
 
     def charge(self, key: K, amount: float) -> None:
         """It was its turn, and it has had ``amount``."""
-        self._now = max(self._now, self[key])
-        self._times[key] = self.after(key, self[key], amount)
+        before = self[key]
+        self._now = max(self._now, before)
+        self._times[key] = self.after(key, before, amount)
 
     def retain(self, active: Collection[K]) -> None:
         """Forget takers that are not ``active`` and had no more than others; if there are very many, others too."""
