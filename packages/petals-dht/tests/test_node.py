@@ -16,8 +16,8 @@ from petals_core.swarm_key import SwarmKey
 from petals_dht import messages
 from petals_dht.contacts import Contact, model_key, node_id
 from petals_dht.datagrams import Datagram, DatagramSeal, Kind, ReplayWindow
-from petals_dht.messages import CheckReachable, Find, FindNode, Ping, Pong, Request, Store, Stored
-from petals_dht.node import Node, NodeTiming
+from petals_dht.messages import DIGEST_BYTES, CheckReachable, Find, FindNode, Found, Ping, Pong, Request, Store, Stored
+from petals_dht.node import Node, NodeTiming, total_of
 from petals_dht.rates import Rate
 from petals_dht.responder import NodeLimits
 from petals_dht.sockets import bind_udp
@@ -290,3 +290,15 @@ def test_many_dead_nodes_hold_up_no_request_to_another() -> None:
             await living.close()
 
     asyncio.run(main())
+
+
+def test_how_many_entries_a_key_has_is_said_by_the_nodes_nearest_to_it() -> None:
+    """Those that a long search asks on its way keep none, and may be more."""
+
+    def page(number: int, total: int) -> tuple[Contact, Found]:
+        near = bytes([KEY[0] ^ (number >= 20)]) + KEY[1:19] + bytes([KEY[19] ^ number])
+        found = Found(token=bytes(8), entries=(), total=total, digest=bytes(DIGEST_BYTES))
+        return Contact(near, "127.0.0.1", 1 + number), found
+
+    pages = dict(page(number, 900 if number < 20 else 0) for number in random.Random(0).sample(range(60), 60))
+    assert total_of(KEY, pages, width=20) == 900

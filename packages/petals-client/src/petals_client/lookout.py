@@ -56,7 +56,7 @@ class Lookout:
         waited_s = time.perf_counter() - since_s
         if not self._recovery.is_needed() and waited_s > session.swarm.options.step_timeout_s:
             end = len(hops) if last is None else last + 1
-            slow = _find_slow(hops[:end], self._of_attempt(progress)[:end], source)
+            slow = find_slow(hops[:end], self._of_attempt(progress)[:end], source)
             self._recovery.note(hops[slow], DeadlineExceededError(f"no answer to a step within {waited_s:.1f} s"))
         return progress
 
@@ -122,7 +122,7 @@ def _number(step: int | None) -> int:
     return -1 if step is None else step
 
 
-def _find_slow(hops: Sequence[HopSession], progress: Sequence[Progress], source: int) -> int:
+def find_slow(hops: Sequence[HopSession], progress: Sequence[Progress], source: int) -> int:
     """The index of the server for which all those behind ``source`` have waited too long."""
     computed = [_number(each.computed) for each in progress]
     if source >= 0:  # it has computed what it sends long ago

@@ -9,7 +9,7 @@ import socket
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +18,7 @@ from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import InvalidAnnouncementError, NoPeersError
 from petals_core.identity import Identity
 from petals_core.swarm_key import SwarmKey
-from petals_dht.contacts import Contact, node_id
+from petals_dht.contacts import Contact, distance, node_id
 from petals_dht.datagrams import DatagramSeal, ReplayWindow
 from petals_dht.messages import Find, Found, Ping
 from petals_dht.offering import Kept, Offering
@@ -56,7 +56,7 @@ class Findings:
 
     announcements: tuple[SignedAnnouncement, ...]
     total: int
-    """How many there are by what the nodes say: the median."""
+    """How many there are by what the nodes nearest to the key say: the median."""
 
 
 class Node:
@@ -86,6 +86,7 @@ class Node:
         self._verifier = verifier
         self._transport = transport
         self._timing = timing
+        self._width = limits.bucket_size
         self._search = Search(protocol, width=limits.bucket_size, patience_s=timing.attempt_timeout_s)
         self._offering = Offering(
             protocol,
@@ -323,7 +324,7 @@ class Node:
             raise NoPeersError("no node of the swarm answers any more: check the network connection")
         return Findings(
             tuple(found.announcements(key, now_s=self.clock())),
-            _median_total(pages.values()) if pages else len(own),
+            total_of(key, pages, width=self._width) if pages else len(own),
         )
 
     async def _find(self, key: bytes, found: Storage, pages: dict[Contact, Found], max_total: int | None) -> None:
@@ -342,7 +343,7 @@ class Node:
 
         crawl = await self._search.crawl(key, ask)
         nearest = {contact: pages[contact] for contact in crawl.nearest()}
-        if max_total is not None and nearest and _median_total(nearest.values()) > max_total:
+        if max_total is not None and nearest and total_of(key, nearest, width=self._width) > max_total:
             return
         own_digest = self.storage.page(key, now_s=self.clock(), max_bytes=0).digest
         reader = Reader(
@@ -396,5 +397,7 @@ class Node:
         return counts.most_common(1)[0][0] if counts else None
 
 
-def _median_total(pages: Iterable[Found]) -> int:
-    return statistics.median_low(page.total for page in pages)
+def total_of(key: bytes, pages: Mapping[Contact, Found], *, width: int) -> int:
+    """How many entries a key has by the ``width`` nearest nodes: those asked on the way to them keep none."""
+    nearest = sorted(pages, key=lambda contact: distance(contact.id, key))[:width]
+    return statistics.median_low(pages[contact].total for contact in nearest)
