@@ -48,6 +48,8 @@ _GREEDY: Final[dict[str, Any]] = {"do_sample": False, "eos_token_id": None, "pad
 _DELAY_S: Final = 5.0
 _SETTLE_S: Final = 5.0
 _CACHE_TOKENS: Final = 16_384
+_LIFETIME_S: Final = 60.0
+"""Of announcements: nodes keep 128 from one machine, those of servers that were killed a moment ago included."""
 _ALL_WAYS: Final = ((0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1))
 """Chains that between them use every way from a server to a next one; numbers are of a span's copies."""
 _ROUNDING: Final = 4 * 2**-8
@@ -150,6 +152,7 @@ class FaultLab:
                 initial_peers=(self._address,),
                 torch_dtype=self._torch_dtype,
                 cache_tokens=_CACHE_TOKENS,
+                lifetime_s=_LIFETIME_S,
             )
         self._pids[number] = self._nursery.start(birth)
 

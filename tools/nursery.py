@@ -50,6 +50,8 @@ class Birth:
     cache_tokens: int = 16_384
     announced_port: int | None = None
     """Where others connect to, if something stands between; None: ``port``."""
+    lifetime_s: float = 120.0
+    """Of its announcements, which it renews three times meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +285,8 @@ async def _serve(birth: Birth, folder: Path) -> None:
         torch_dtype=birth.torch_dtype,
         num_threads=1,
         cache_tokens=birth.cache_tokens,
+        announce_interval_s=birth.lifetime_s / 3,
+        announce_lifetime_s=birth.lifetime_s,
     )
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
