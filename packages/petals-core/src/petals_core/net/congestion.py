@@ -1,12 +1,16 @@
-"""How the kernel paces what a connection is given."""
+"""How the kernel paces what a connection is given, and what it has brought to the other end."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import struct
+import sys
 from typing import Final
 
 _UNPACED: Final = b"cubic"
+_BYTES_ACKED: Final = struct.Struct("120xQ")
+"""Where ``tcpi_bytes_acked`` stands in Linux's ``struct tcp_info`` (include/uapi/linux/tcp.h)."""
 
 
 def send_bursts_at_once(sock: socket.socket) -> None:
@@ -21,3 +25,15 @@ def send_bursts_at_once(sock: socket.socket) -> None:
     if option is not None:
         with contextlib.suppress(OSError):  # not in this kernel, or not for this user
             sock.setsockopt(socket.IPPROTO_TCP, option, _UNPACED)
+
+
+def bytes_acknowledged(sock: socket.socket) -> int | None:
+    """Bytes that the other end's kernel has confirmed so far; None where this kernel can't tell."""
+    option = getattr(socket, "TCP_INFO", None)
+    if option is None or not sys.platform.startswith("linux"):
+        return None
+    try:
+        content = sock.getsockopt(socket.IPPROTO_TCP, option, _BYTES_ACKED.size)
+        return int(_BYTES_ACKED.unpack(content)[0])
+    except (OSError, struct.error):  # closed, or a kernel that is older than this number
+        return None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from petals_core.errors import PeerConnectionError, PetalsError
+from petals_core.net.congestion import bytes_acknowledged
 from petals_core.net.tls import TlsChannel
 from petals_core.wire.link_rate import LinkRate
 from petals_core.wire.messages import Buffer
@@ -51,7 +52,7 @@ class Link(asyncio.BufferedProtocol):
         self._throttled: asyncio.TimerHandle | None = None
         self._is_full = False
         self._paused_at_s = 0.0
-        self._waiting_bytes = 0
+        self._passed_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._open_links = open_links
         self._on_made = on_made
@@ -115,14 +116,11 @@ class Link(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self.is_paused = self._is_full = True
-        if self._transport is not None:
-            self._paused_at_s, self._waiting_bytes = time.perf_counter(), self._transport.get_write_buffer_size()
+        self._paused_at_s, self._passed_bytes = time.perf_counter(), self._count_passed()
 
     def resume_writing(self) -> None:
         self._is_full = False
-        if self._transport is not None:
-            taken = self._waiting_bytes - self._transport.get_write_buffer_size()
-            self.rate.note(taken, time.perf_counter() - self._paused_at_s)
+        self.rate.note(self._count_passed() - self._passed_bytes, time.perf_counter() - self._paused_at_s)
         self._go_on()
 
     def eof_received(self) -> None:
@@ -232,6 +230,14 @@ class Link(asyncio.BufferedProtocol):
     def _send(self, ciphertext: bytes) -> None:
         if ciphertext and self._transport is not None:
             self._transport.write(ciphertext)
+
+    def _count_passed(self) -> int:
+        """Bytes that have arrived at the other end or, where nobody can tell, that the kernel has taken: some of these
+        at once, if its own queue was empty. Up to a number that stays the same."""
+        if self._transport is None:
+            return 0
+        arrived = bytes_acknowledged(self._transport.get_extra_info("socket"))
+        return -self._transport.get_write_buffer_size() if arrived is None else arrived
 
     def _wait(self, delay_s: float) -> None:
         """Write nothing more for a while."""
