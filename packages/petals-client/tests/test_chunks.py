@@ -12,25 +12,30 @@ counts = st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any).map(tup
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts, st.lists(st.integers(1, 12), min_size=1, max_size=4))
-def test_columns(row_tokens: tuple[int, ...], max_tokens: list[int]) -> None:
+@given(counts, st.lists(st.integers(1, 12), min_size=1, max_size=4), st.none() | st.integers(0, 12))
+def test_columns(row_tokens: tuple[int, ...], max_tokens: list[int], wanted: int | None) -> None:
     runs = tuple(((10 * row, count),) if count else () for row, count in enumerate(row_tokens))
-    request = StepRequest(keep=7, row_tokens=row_tokens, row_order=(0,) * len(row_tokens), position_runs=runs)
+    request = StepRequest(
+        keep=7, row_tokens=row_tokens, row_order=(0,) * len(row_tokens), position_runs=runs, wanted=wanted
+    )
     width = max(row_tokens)
     rows: list[list[int]] = [[] for _ in row_tokens]
     positions: list[list[int]] = [[] for _ in row_tokens]
     columns = 7
+    results = [0] * len(row_tokens)
     for index, (step, part) in enumerate(split_columns(request, *max_tokens)):
         assert step.keep == columns
         assert step.row_order == (request.row_order if index == 0 else None)
         assert step.row_tokens == part.row_tokens == tuple(count for _, count in part.ranges)
         assert sum(step.row_tokens) <= max(max_tokens[min(index, len(max_tokens) - 1)], len(row_tokens))
         columns += max(step.row_tokens)
+        results = [result + count for result, count in zip(results, step.result_tokens, strict=True)]
         for row, (first, count) in enumerate(part.ranges):
             rows[row] += range(first, first + count)
             assert step.position_runs is not None
             positions[row] += [first + i for first, count in step.position_runs[row] for i in range(count)]
     assert columns == 7 + width
+    assert tuple(results) == request.result_tokens
     starts = [sum(row_tokens[:row]) for row in range(len(row_tokens))]
     assert rows == [list(range(start, start + count)) for start, count in zip(starts, row_tokens, strict=True)]
     assert positions == [list(range(10 * row, 10 * row + count)) for row, count in enumerate(row_tokens)]

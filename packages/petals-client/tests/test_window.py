@@ -25,7 +25,7 @@ def simulate(stages_s: list[float], delay_s: float, num_parts: int) -> tuple[flo
     for _ in range(num_parts):
         while not window.has_room:
             sent_s, now_s = under_way.pop(0)
-            window.done(trip_s=now_s - sent_s, now_s=now_s)
+            window.done(num_tokens=64, trip_s=now_s - sent_s, now_s=now_s)
         at_s = now_s
         for index, stage_s in enumerate(stages_s):
             at_s = free_s[index] = max(at_s + delay_s, free_s[index]) + stage_s
@@ -59,22 +59,52 @@ def test_much_is_under_way_where_all_is_far() -> None:
 def test_parts_are_many_and_not_tiny(num_hops: int) -> None:
     assert choose_part_tokens(1, num_hops) >= 32
     assert choose_part_tokens(10**6, num_hops) == MAX_PART_TOKENS
-    assert 2048 / choose_part_tokens(2048, 3) >= 16
+    assert 2048 / choose_part_tokens(2048, 3) >= 8
 
 
-@given(st.integers(1, 20_000), st.integers(1, 12), st.integers(1, 4096), st.none() | st.integers(1, 4096))
+@given(
+    st.integers(1, 20_000),
+    st.integers(1, 12),
+    st.integers(1, 4096),
+    st.none() | st.integers(1, 4096),
+    st.none() | st.floats(1, 1e9),
+)
 def test_sizes_add_up_and_are_small_at_the_ends(
-    num_tokens: int, num_hops: int, max_tokens: int, part_tokens: int | None
+    num_tokens: int, num_hops: int, max_tokens: int, part_tokens: int | None, link_bytes_per_s: float | None
 ) -> None:
-    sizes = choose_part_sizes(num_tokens, num_hops, max_tokens=max_tokens, part_tokens=part_tokens)
+    sizes = choose_part_sizes(
+        num_tokens,
+        num_hops,
+        max_tokens=max_tokens,
+        part_tokens=part_tokens,
+        token_bytes=4096,
+        link_bytes_per_s=link_bytes_per_s,
+    )
     assert sum(sizes) == num_tokens
     assert 0 < min(sizes) <= max(sizes) <= max_tokens
     if part_tokens is not None:
         assert len(set(sizes[:-1])) <= 1
-    elif max(sizes) >= 4 * MIN_PART_TOKENS and len(sizes) > 6:
-        assert sizes[0] == sizes[-1] == max(sizes) // 4
+    elif max(sizes) >= MIN_PART_TOKENS and num_tokens >= 8 * max(sizes):
+        assert (sizes[0], sizes[-1]) == (8, 16)
+    if link_bytes_per_s is not None and part_tokens is None:
+        assert max(sizes) <= max(MIN_PART_TOKENS, 0.1 * link_bytes_per_s / 4096)
 
 
 def test_sizes_of_a_prompt() -> None:
-    assert choose_part_sizes(2048, 3, max_tokens=4096) == [32, 64, *[128] * 14, 64, 64, 32]
-    assert choose_part_sizes(1, 3, max_tokens=4096) == [1]
+    def sizes(num_tokens: int, link_bytes_per_s: float | None) -> list[int]:
+        return choose_part_sizes(num_tokens, 3, max_tokens=4096, token_bytes=4096, link_bytes_per_s=link_bytes_per_s)
+
+    assert sizes(2048, 12e6) == [8, 16, 32, 64, 128, *[256] * 6, 24, 128, 64, 32, 16]
+    assert sizes(2048, 2.4e6) == [8, 16, *[32] * 62, 24, 16]
+    assert sizes(2048, None) == [8, 16, 32, *[64] * 30, 24, 32, 16]
+    assert sizes(1, None) == [1]
+    assert sizes(100, None) == [32, 32, 32, 4]
+
+
+def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:
+    """A link takes a part whole before the next server begins, so a large one is under way for longer."""
+    window = FlightWindow(3)
+    for number in range(30):
+        window.sent()
+        window.done(num_tokens=32 if number < 2 else 128, trip_s=0.2 if number < 2 else 0.8, now_s=0.1 * number)
+    assert 0.8 / 0.1 <= window.limit <= 2 * 0.8 / 0.1 + 1

@@ -138,6 +138,24 @@ def test_a_step_goes_around(checkpoint: Path) -> None:
     run_clean(run())
 
 
+def test_only_the_states_that_a_step_wants_come_back(checkpoint: Path) -> None:
+    async def run() -> None:
+        async with chain(checkpoint) as (to_first, to_second, first, second):
+            expected = await by_hand(await to_first.open(), await to_second.open(), [STATES, STATES])
+            await connect(to_first, to_second)
+            for number, wanted in enumerate((2, 0, 9)):
+                keep = 3 * min(number, 1)
+                await first.stream.send(*step(number, STATES, keep, wanted=wanted))
+                reply = await second.stream.receive(timeout_s=TIMEOUT_S)
+                assert isinstance(reply.body, StepResult)
+                if wanted:
+                    assert torch.equal(tensor(reply), expected[min(number, 1)][-wanted:])
+                else:
+                    assert (reply.body.tensors, reply.received_payload.nbytes) == ((), 0)
+
+    run_clean(run())
+
+
 def test_without_a_next_server_the_client_gets_the_step_to_pass_on(checkpoint: Path) -> None:
     async def run() -> None:
         async with chain(checkpoint) as (to_first, to_second, first, second):

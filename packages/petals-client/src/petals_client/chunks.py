@@ -46,12 +46,16 @@ def split_columns(request: StepRequest, *max_tokens: int) -> list[tuple[StepRequ
             if runs is None
             else tuple(_cut(row, first, last) for row, (first, last) in zip(runs, bounds, strict=True)),
         )
+        wanted = request.wanted
+        if wanted is not None:
+            wanted = min(max(0, wanted - (num_columns - right)), right - left)
         step = replace(
             request,
             keep=request.keep + left,
             row_tokens=counts,
             row_order=request.row_order if left == 0 else None,
             position_runs=part.position_runs,
+            wanted=wanted,
         )
         parts.append((step, part))
     return parts

@@ -19,15 +19,11 @@ class InterruptedFlight(Exception):  # noqa: N818 -- nobody's fault is told by i
 class Flight:
     """Which parts of a step have come back, and the signal for who waits for them. Belongs to one event loop."""
 
-    def __init__(
-        self, parts: Sequence[tuple[StepRequest, States]], *, first_number: int, num_hops: int, num_silent: int = 0
-    ) -> None:
-        """``num_silent``: of so many parts, the first ones, nobody wants states back."""
+    def __init__(self, parts: Sequence[tuple[StepRequest, States]], *, first_number: int, num_hops: int) -> None:
         self.parts = parts
         self.first_number = first_number
         self.results: list[States | None] = []
         """Of the parts that have come back; None for those without states."""
-        self._num_silent = num_silent
         self.window = FlightWindow(num_hops)
         self.news_s = time.perf_counter()
         """When the last part came back, or the first was sent."""
@@ -68,14 +64,16 @@ class Flight:
 
     def is_silent(self, number: int) -> bool:
         """Whether a part comes back without states."""
-        return 0 <= number - self.first_number < self._num_silent
+        index = number - self.first_number
+        return 0 <= index < len(self.parts) and self.parts[index][0].wanted == 0
 
     def arrived(self, states: States | None) -> float:
         """The next part came back; returns the time of its trip."""
         now_s = time.perf_counter()
         trip_s = now_s - self._sent_s.pop(self.next_number, self.news_s)
+        num_tokens = self.parts[len(self.results)][1].spec.shape[0]
         self.results.append(states)
-        self.window.done(trip_s=trip_s, now_s=now_s)
+        self.window.done(num_tokens=num_tokens, trip_s=trip_s, now_s=now_s)
         self.news_s = now_s
         if self._room is not None and not self._room.done():
             self._room.set_result(None)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from petals_client.chain import StepRequest
 from petals_client.chunks import Part
 from petals_client.options import ClientOptions
 from petals_core.tensors.codec import Encoding, decode, encode
@@ -43,16 +44,17 @@ def take_part(hidden: Tensor, part: Part) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def join_parts(hidden: Tensor, parts: Sequence[Part], results: Sequence[States]) -> Tensor:
-    """Put what came back for each part, or for the last ones, where it belongs in the whole; all else is zero."""
-    if len(parts) == 1 and parts[0].ranges and sum(count for _, count in parts[0].ranges) == hidden.shape[0]:
+def join_parts(hidden: Tensor, parts: Sequence[tuple[StepRequest, Part]], results: Sequence[States]) -> Tensor:
+    """Put what came back for each part that wants something where it belongs in the whole; all else is zero."""
+    wanting = [(request, part) for request, part in parts if request.wanted != 0]
+    if len(results) == 1 and results[0].spec.shape[0] == hidden.shape[0]:
         return decode_states(results[0])
-    num_silent = len(parts) - len(results)
-    output = torch.zeros_like(hidden) if num_silent else torch.empty_like(hidden)
-    for part, states in zip(parts[num_silent:], results, strict=True):
+    output = torch.zeros_like(hidden)
+    for (request, part), states in zip(wanting, results, strict=True):
         tokens = decode_states(states)
         offset = 0
-        for first, count in part.ranges:
-            output[first : first + count] = tokens[offset : offset + count]
-            offset += count
+        for (first, count), num_wanted in zip(part.ranges, request.result_tokens, strict=True):
+            end = first + count
+            output[end - num_wanted : end] = tokens[offset : offset + num_wanted]
+            offset += num_wanted
     return output

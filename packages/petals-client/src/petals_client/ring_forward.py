@@ -169,7 +169,7 @@ class RingForward:
         """Send micro-batches through a session, and put what comes out where they stand in the whole."""
         options, rate = self._swarm.options, session.rate_bytes_per_s
         inputs = []
-        places: list[tuple[int, int, list[Part]]] = []
+        places: list[tuple[int, int, list[tuple[StepRequest, Part]]]] = []
         for each in micro_batches:
             first, count = each.ranges[0][0], sum(each.row_tokens)
             missing = num_rows - len(each.row_tokens)
@@ -184,7 +184,7 @@ class RingForward:
             steps = split_columns(request, num_rows * num_columns)
             tokens = hidden[first : first + count]
             inputs += [(step, encode_states(take_part(tokens, part), options, rate)) for step, part in steps]
-            places.append((first, count, [part for _, part in steps]))
+            places.append((first, count, steps))
         results = iter(await session.step(inputs))
         for first, count, parts in places:
             states = [next(results) for _ in parts]

@@ -252,4 +252,5 @@ def make_step(
         deadline_ms=max(1, int(timeout_s * 1000)),
         attempt=attempt,
         passes=passes,
+        wanted=request.wanted,
     )

@@ -6,6 +6,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -263,17 +264,17 @@ class SwarmChainSession:
             len(self._session.chain),
             max_tokens=options.max_tokens_per_request,
             part_tokens=options.part_tokens,
+            token_bytes=hidden.shape[1] * hidden.element_size(),
+            link_bytes_per_s=rate,
         )
-        if len(sizes) == 1:
+        if num_wanted is not None and num_wanted < max(request.row_tokens):
+            request = replace(request, wanted=num_wanted)
+        elif len(sizes) == 1:
             states = encode_states(hidden, self._options, rate)
             return decode_states(self._thread.run(self._session.step([(request, states)]))[0])
         parts = split_columns(request, *sizes)
         inputs = [(step, encode_states(take_part(hidden, part), self._options, rate)) for step, part in parts]
-        num_silent = 0
-        if num_wanted is not None:
-            num_silent = sum(step.end <= request.end - num_wanted for step, _ in parts)
-        results = self._thread.run(self._session.step(inputs, num_silent=num_silent))
-        return join_parts(hidden, [part for _, part in parts], results)
+        return join_parts(hidden, parts, self._thread.run(self._session.step(inputs)))
 
     def trace(self) -> tuple[StepTrace, ...]:
         """See ``ChainSession.trace``."""

@@ -116,17 +116,17 @@ class SwarmSession:
             self.close()
             raise
 
-    async def step(self, parts: Sequence[tuple[StepRequest, States]], *, num_silent: int = 0) -> list[States]:
-        """Run the parts of one step through the chain, one behind the other; return what comes out of each.
+    async def step(self, parts: Sequence[tuple[StepRequest, States]]) -> list[States]:
+        """Run the parts of one step through the chain, one behind the other; return what is wanted of each.
 
-        What comes out of the first ``num_silent`` stays with the last server, which says no more than that it is done.
+        Of parts that want nothing the last server says no more than that they are done, and nothing is returned.
         When a server fails, others are brought to where it was and take its place.
 
         Raises:
             PetalsError: a server failed and could not be replaced. The session must then be closed.
         """
         started_s = time.perf_counter()  # uvloop's clock counts milliseconds
-        flight = Flight(parts, first_number=self._next_number, num_hops=len(self.hops), num_silent=num_silent)
+        flight = Flight(parts, first_number=self._next_number, num_hops=len(self.hops))
         self._next_number += len(parts)
         self.notes.begin_step()
         self._recovery.begin_step()
@@ -203,9 +203,8 @@ class SwarmSession:
     async def _send(self, flight: Flight, number: int) -> None:
         request, states = flight.parts[number - flight.first_number]
         flight.sent(number)
-        passes = len(self.hops) - 1 if flight.is_silent(number) else None
         timeout_s = self.swarm.options.step_timeout_s
-        await self.send(0, make_step(number, request, states, self.attempt, timeout_s, passes), states)
+        await self.send(0, make_step(number, request, states, self.attempt, timeout_s), states)
 
     async def send(self, index: int, step: Step, states: States) -> None:
         """Send a step to a server of the chain; that it can't be is told as that server's failure."""
@@ -267,9 +266,11 @@ class SwarmSession:
                 raise ProtocolError(f"the server answered step {result.step} before step {flight.next_number}")
             return  # again
         request, sent = flight.parts[result.step - flight.first_number]
-        if result.tensors and flight.is_silent(result.step):
+        if result.tensors and request.wanted == 0:
             raise ProtocolError(f"the server answered step {result.step} with states that nobody wants")
-        states = read_states(message, result.tensors, sent.spec) if result.tensors else None
+        states = None
+        if request.wanted != 0:
+            states = read_states(message, result.tensors, sent.spec, sum(request.result_tokens))
         before_s = flight.news_s
         trip_s = flight.arrived(states)
         for hop in self.hops:

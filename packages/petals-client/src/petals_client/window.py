@@ -6,10 +6,17 @@ import math
 
 MIN_PART_TOKENS = 32
 MAX_PART_TOKENS = 512
-_PARTS_PER_STAGE = 4
+_PARTS_PER_STAGE = 2
 """A part takes each stage in turn, and the first has to pass all before the last is busy: more parts make that less.
-But on a CPU matrices of few rows are slow: 2,048 tokens of the bench model in parts of 32, 64, 128 and 256 take 1.43,
-1.21, 1.05 and 1.00 times as long as in one piece."""
+But on a CPU matrices of few rows are slow: 2,048 tokens of the bench model in parts of 32, 64, 128 and 256 take 1.48,
+1.15, 1.05 and 0.96 times as long as in one piece."""
+_MAX_PART_S = 0.1
+"""Of a link's time for a part, which it has to take whole before the next server can begin."""
+_UNKNOWN_PART_TOKENS = 64
+"""For a link of which nothing is known."""
+_FIRST_PART_TOKENS = 8
+"""A connection that has been idle begins slowly, with some 15 kB in its first round trip and twice that in the next."""
+_LAST_PART_TOKENS = 16
 _MIN_PARTS_WITH_RAMPS = 6
 """Where fewer parts of the full size would do, these are small already."""
 _MAX_IN_FLIGHT = 64
@@ -17,23 +24,55 @@ _FIRST_PARTS_PER_STAGE = 3
 """Until the first results say what the chain holds: one for each of its links and servers, and as many again for delays
 and for connections that begin slowly. What is too much waits at the client and, within its credit, at the first server.
 """
-_GAIN = 1.5
+_GAIN = 2.0
 """Above what just fills the chain, because trips and rates vary."""
 _WEIGHT = 1 / 4
 
 
-def choose_part_sizes(num_tokens: int, num_hops: int, *, max_tokens: int, part_tokens: int | None = None) -> list[int]:
+def choose_part_sizes(
+    num_tokens: int,
+    num_hops: int,
+    *,
+    max_tokens: int,
+    part_tokens: int | None = None,
+    token_bytes: int,
+    link_bytes_per_s: float | None,
+) -> list[int]:
     """Tokens of each part of a prompt; ``part_tokens`` asks for equal ones.
 
-    The first are smaller, so that the servers behind the first begin early, and so are the last, so that little is left
-    to do when the last token has been sent.
+    The first are smaller, each twice the one before, so that the servers behind the first begin early, and so are the
+    last, so that little is left to do when the last token has been sent.
+
+    Args:
+        token_bytes: of the states of one token.
+        link_bytes_per_s: what the client's link takes; None: nobody knows yet.
     """
-    size = min(max_tokens, part_tokens or choose_part_tokens(num_tokens, num_hops))
-    ramp = [size // 4, size // 2]
-    if part_tokens is not None or ramp[0] < MIN_PART_TOKENS or num_tokens < _MIN_PARTS_WITH_RAMPS * size:
-        ramp = []
-    num_full, rest = divmod(num_tokens - 2 * sum(ramp), size)
-    return ramp + [size] * num_full + ([rest] if rest else []) + ramp[::-1]
+    if part_tokens is not None:
+        return _equal(num_tokens, min(max_tokens, part_tokens))
+    size = choose_part_tokens(num_tokens, num_hops)
+    most = _UNKNOWN_PART_TOKENS
+    if link_bytes_per_s is not None:
+        num_steps = int(_MAX_PART_S * link_bytes_per_s / token_bytes / MIN_PART_TOKENS)
+        most = max(1, num_steps) * MIN_PART_TOKENS
+    size = min(max_tokens, size, most)
+    rising, falling = _ramp(_FIRST_PART_TOKENS, size), _ramp(_LAST_PART_TOKENS, size)[::-1]
+    if num_tokens < max(_MIN_PARTS_WITH_RAMPS * size, sum(rising) + sum(falling)):
+        rising, falling = [], []
+    return rising + _equal(num_tokens - sum(rising) - sum(falling), size) + falling
+
+
+def _equal(num_tokens: int, size: int) -> list[int]:
+    num_full, rest = divmod(num_tokens, size)
+    return [size] * num_full + ([rest] if rest else [])
+
+
+def _ramp(first: int, end: int) -> list[int]:
+    """Sizes from ``first`` on, each twice the one before, below ``end``."""
+    sizes = []
+    while first < end:
+        sizes.append(first)
+        first *= 2
+    return sizes
 
 
 def choose_part_tokens(num_tokens: int, num_hops: int) -> int:
@@ -42,23 +81,28 @@ def choose_part_tokens(num_tokens: int, num_hops: int) -> int:
     One less than all only pays where it leaves several parts.
     """
     stages = num_hops + 1
-    wanted = math.ceil(num_tokens / (_PARTS_PER_STAGE * stages))
-    rounded = math.ceil(wanted / MIN_PART_TOKENS) * MIN_PART_TOKENS
-    return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, rounded))
+    wanted = _round_up(num_tokens / (_PARTS_PER_STAGE * stages))
+    return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, wanted))
+
+
+def _round_up(num_tokens: float) -> int:
+    return math.ceil(num_tokens / MIN_PART_TOKENS) * MIN_PART_TOKENS
 
 
 class FlightWindow:
     """Parts that may be under way: what the chain holds at its rate and delay, so that nothing waits in vain.
 
-    The rate is that of the results; the delay the shortest trip that was seen.
+    The rate is that of the results; the delay the shortest trip of a part of the largest size, because every link takes
+    a part whole before the next server begins with it.
     """
 
     def __init__(self, num_hops: int) -> None:
         self._floor = num_hops + 2
         self.limit = _FIRST_PARTS_PER_STAGE * (2 * num_hops + 1)
         self.num_in_flight = 0
+        self._largest = 0
         self._least_trip_s = math.inf
-        self._interval_s: float | None = None
+        self._tokens_per_s: float | None = None
         self._last_s: float | None = None
 
     @property
@@ -70,15 +114,18 @@ class FlightWindow:
         """A part was sent."""
         self.num_in_flight += 1
 
-    def done(self, *, trip_s: float, now_s: float) -> None:
+    def done(self, *, num_tokens: int, trip_s: float, now_s: float) -> None:
         """A part came back, ``trip_s`` after it was sent."""
         self.num_in_flight -= 1
-        self._least_trip_s = min(self._least_trip_s, trip_s)
+        if num_tokens > self._largest:
+            self._largest, self._least_trip_s = num_tokens, trip_s
+        elif num_tokens == self._largest:
+            self._least_trip_s = min(self._least_trip_s, trip_s)
         if self._last_s is not None:
-            interval_s = max(now_s - self._last_s, 1e-6)
-            if self._interval_s is None:
-                self._interval_s = interval_s
-            self._interval_s += (interval_s - self._interval_s) * _WEIGHT
-            full = self._least_trip_s / self._interval_s
+            tokens_per_s = num_tokens / max(now_s - self._last_s, 1e-6)
+            if self._tokens_per_s is None:
+                self._tokens_per_s = tokens_per_s
+            self._tokens_per_s += (tokens_per_s - self._tokens_per_s) * _WEIGHT
+            full = self._least_trip_s * self._tokens_per_s / self._largest
             self.limit = min(_MAX_IN_FLIGHT, max(self._floor, math.ceil(_GAIN * full)))
         self._last_s = now_s

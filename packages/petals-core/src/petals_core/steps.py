@@ -23,11 +23,22 @@ class StepRequest:
     row_tokens: tuple[int, ...]
     row_order: RowOrder | None = None
     position_runs: PositionRuns | None = None
+    wanted: int | None = None
 
     @property
     def end(self) -> int:
         """Columns behind it."""
         return self.keep + max(self.row_tokens)
+
+    @property
+    def result_tokens(self) -> tuple[int, ...]:
+        """Tokens of each row, its last ones, whose states come back."""
+        return wanted_tokens(self.row_tokens, self.wanted)
+
+
+def wanted_tokens(row_tokens: Sequence[int], wanted: int | None) -> tuple[int, ...]:
+    """Tokens of each row that stand in the last ``wanted`` columns of a step; None: all."""
+    return tuple(row_tokens) if wanted is None else tuple(min(count, wanted) for count in row_tokens)
 
 
 @dataclass(frozen=True, slots=True)

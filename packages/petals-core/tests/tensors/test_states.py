@@ -7,7 +7,7 @@ import torch
 
 from petals_core.errors import ProtocolError
 from petals_core.tensors.codec import decode, encode
-from petals_core.tensors.states import States, join_states, read_states, select_rows
+from petals_core.tensors.states import States, join_states, read_states, select_last, select_rows
 from petals_core.wire.messages import Message, Pushed
 
 
@@ -27,6 +27,7 @@ def test_joining_and_choosing(dtype: torch.dtype) -> None:
     assert torch.equal(tensor(joined), torch.stack([first[0], second[0], first[1], first[2], second[1]]))
     chosen = select_rows((2, 3), joined, (1, 1, 0))
     assert torch.equal(tensor(chosen), tensor(joined)[[2, 3, 4, 2, 3, 4, 0, 1]])
+    assert torch.equal(tensor(select_last((2, 3), joined, (1, 2))), tensor(joined)[[1, 3, 4]])
 
 
 def test_replies_are_checked() -> None:

@@ -31,8 +31,8 @@ from petals_core.identity import PeerId
 from petals_core.limits import MAX_HOPS, MIB
 from petals_core.net.dialer import PeerConnection
 from petals_core.net.stream import Stream
-from petals_core.steps import StepHistory, StepRequest, merge, straighten
-from petals_core.tensors.states import States, join_states, select_rows
+from petals_core.steps import StepHistory, StepRequest, merge, straighten, wanted_tokens
+from petals_core.tensors.states import States, join_states, select_last, select_rows
 from petals_core.wire.events import MessageReceived
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
@@ -247,18 +247,20 @@ class RingSession:
         delay_us = 0 if connection is None else _microseconds(connection.rtt_s / 2)
         hops = (*(step.hops or ()), (queue_us, compute_us, delay_us))[:MAX_HOPS]
         if step.passes == 0 or self._is_last:
-            is_result = step.passes is None
+            result = None if step.passes is not None or step.wanted == 0 else output
+            if result is not None and step.wanted is not None:
+                result = select_last(step.row_tokens, result, wanted_tokens(step.row_tokens, step.wanted))
             self._stream.priority = Priority.of_step(sum(step.row_tokens))
             await self._stream.send(
                 StepResult(
                     step=step.step,
                     attempt=step.attempt,
-                    tensors=(output.spec.to_wire(),) if is_result else (),
+                    tensors=() if result is None else (result.spec.to_wire(),),
                     queue_us=queue_us,
                     compute_us=compute_us,
                     hops=hops,
                 ),
-                output.payload if is_result else (),
+                () if result is None else result.payload,
                 backlog_bytes=_BACKLOG_BYTES,
             )
             return

@@ -23,8 +23,10 @@ class States:
     payload: Sequence[Buffer]
 
 
-def read_states(message: Message, tensors: Sequence[object], expected: TensorSpec) -> States:
-    """Check that a reply holds states of the shape and dtype that went in.
+def read_states(
+    message: Message, tensors: Sequence[object], expected: TensorSpec, num_tokens: int | None = None
+) -> States:
+    """Check that a reply holds states of the shape and dtype that went in; of ``num_tokens`` tokens if that is given.
 
     Raises:
         ProtocolError: it does not.
@@ -32,9 +34,10 @@ def read_states(message: Message, tensors: Sequence[object], expected: TensorSpe
     if len(tensors) != 1:
         raise ProtocolError(f"the server answered with {len(tensors)} tensors instead of one")
     spec = TensorSpec.from_wire(tensors[0])
-    if spec.shape != expected.shape or spec.dtype != expected.dtype:
+    shape = expected.shape if num_tokens is None else (num_tokens, *expected.shape[1:])
+    if spec.shape != shape or spec.dtype != expected.dtype:
         raise ProtocolError(
-            f"the server answered with {spec.dtype}{list(spec.shape)} to {expected.dtype}{list(expected.shape)}"
+            f"the server answered with {spec.dtype}{list(spec.shape)} instead of {expected.dtype}{list(shape)}"
         )
     payload = message.received_payload
     if payload.nbytes != spec.num_bytes:
@@ -52,6 +55,12 @@ def select_rows(row_tokens: Sequence[int], states: States, rows: Sequence[int]) 
     """The packed batch of some rows, in the order in which they are given; a row may be taken more than once."""
     pieces = _rows(row_tokens, states)
     return _packed([pieces[row] for row in rows])
+
+
+def select_last(row_tokens: Sequence[int], states: States, counts: Sequence[int]) -> States:
+    """The packed batch of the last ``counts`` tokens of each row."""
+    pieces = zip(_rows(row_tokens, states), row_tokens, counts, strict=True)
+    return _packed([piece[num_tokens - count :] for piece, num_tokens, count in pieces])
 
 
 def _rows(row_tokens: Sequence[int], states: States) -> tuple[torch.Tensor, ...]:

@@ -151,16 +151,19 @@ class Step:
     """Counts up whenever the client recovers; a server drops steps of an earlier attempt than it has seen."""
     passes: int | None = ruled(schema.optional(_passes), default=None)
     """To how many more servers it goes before it ends, with a result without states; None: to the chain's end."""
+    wanted: int | None = ruled(schema.optional(schema.integer(0, MAX_SESSION_TOKENS)), default=None)
+    """Of how many columns, the last ones, the result has states; None: of all."""
     hops: tuple[tuple[int, int, int], ...] | None = ruled(schema.optional(_hops), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Outcome of a ``Step``, to the client. Payload: hidden states [T, H] behind the chain's last block."""
+    """Outcome of a ``Step``, to the client. Payload: hidden states [T, H] behind the chain's last block, of the tokens
+    that the step wants."""
 
     step: int = ruled(_step)
     tensors: tuple[Any, ...] = ruled(_tensors)
-    """None where the step's ``passes`` ended it."""
+    """None where the step's ``passes`` ended it, and where it wants none."""
     queue_us: int = ruled(_duration_us)
     """Time between arrival and start of computing."""
     compute_us: int = ruled(_duration_us)
