@@ -234,7 +234,11 @@ class HopSession:
 def request_of(step: Step) -> StepRequest:
     """What a step asks for."""
     return StepRequest(
-        keep=step.keep, row_tokens=step.row_tokens, row_order=step.row_order, position_runs=step.position_runs
+        keep=step.keep,
+        row_tokens=step.row_tokens,
+        row_order=step.row_order,
+        position_runs=step.position_runs,
+        wanted=step.wanted,
     )
 
 
