@@ -156,7 +156,9 @@ class Impostor:
                 session.progress = Progress(attempt=step.attempt or 0, received=step.step)
                 try:
                     self._check(step)
-                    await inner.send(replace(step, passes=None, hops=None), message.payload)
+                    # The one that computes is the last of its own chain.
+                    wanted = step.wanted if session.is_last and step.passes is None else None
+                    await inner.send(replace(step, passes=None, wanted=wanted, hops=None), message.payload)
                     result = await inner.receive(timeout_s=_TIMEOUT_S)
                 except PetalsError as error:
                     error.attempt = step.attempt
