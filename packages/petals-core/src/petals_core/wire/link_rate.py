@@ -6,7 +6,7 @@ from collections import deque
 from typing import Final
 
 _MEMORY: Final = 8
-_LEAST_BYTES: Final = 64 * 1024
+_LEAST_BYTES: Final = 32 * 1024
 """Of one measurement: less says more of the system's timing than of the link."""
 
 
