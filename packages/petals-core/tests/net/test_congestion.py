@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from petals_core.net.congestion import send_bursts_at_once
+from petals_core.net.congestion import bytes_acknowledged, send_bursts_at_once
 
 OPTION = getattr(socket, "TCP_CONGESTION", None)
 
@@ -34,3 +34,23 @@ def test_a_connection_is_not_paced_where_the_kernel_allows_to_choose() -> None:
 def test_other_sockets_stay_as_they_are() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         send_bursts_at_once(datagrams)
+
+
+def test_what_has_arrived_is_counted_and_what_waits_is_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as dialing:
+        dialing.connect(listening.getsockname())
+        accepted, _ = listening.accept()
+        with accepted:
+            before = bytes_acknowledged(dialing)
+            if before is None:
+                return  # this kernel can't tell
+            dialing.sendall(bytes(50_000))
+            num_read = 0
+            while num_read < 50_000:
+                num_read += len(accepted.recv(65536))
+            accepted.sendall(b"!")  # confirms all that came before
+            assert dialing.recv(1) == b"!"
+            after = bytes_acknowledged(dialing)
+            assert after is not None
+            assert after - before == 50_000
+    assert bytes_acknowledged(dialing) is None  # closed
