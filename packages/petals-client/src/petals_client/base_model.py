@@ -24,8 +24,8 @@ from petals_core.models.transformers_forward import (
     fill_hidden_states,
     read_base_call,
     select_states,
-    takes_position_ids,
 )
+from petals_core.models.transformers_structure import takes_position_ids
 
 BLOCKS_ATTRIBUTE = "_petals_blocks"
 """Where a base model, and the part of it that iterates over the blocks, note the path of these from there."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from petals_client.status import ClientStatus, read_status
 from petals_core.addresses import Address
-from petals_core.errors import CheckpointError, InvalidRequestError
+from petals_core.errors import CheckpointError, InvalidRequestError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -84,9 +84,8 @@ def load_tokenizer(model: str | os.PathLike[str], **arguments: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{model} has no tokenizer that Transformers can read ({reason[0] if reason else type(error).__name__}): "
+            f"{model} has no tokenizer that Transformers can read ({first_line(error)}): "
             "load the model with AutoDistributedModelForCausalLM and pass token ids"
         ) from None
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from petals_client.prefix import Prefix
 from petals_client.remote_sequential import BlockCall, RemoteSequential, entered
 from petals_core.errors import ConfigurationError
-from petals_core.models.transformers_forward import BaseCall, takes_position_ids
+from petals_core.models.transformers_forward import BaseCall
+from petals_core.models.transformers_structure import takes_position_ids
 
 TUNING_MODES: Final = ("ptune", "deep_ptune", "lora")
 DEFAULT_PROMPT_TOKENS: Final = 16

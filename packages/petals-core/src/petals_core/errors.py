@@ -232,3 +232,9 @@ _BY_CODE = {error.code: error for error in _subclasses(PetalsError)}
 def error_from_wire(code: str, message: str, retry_after_s: float | None = None) -> PetalsError:
     """Rebuild an error that a peer reported; unknown codes become ``RemoteFailureError``."""
     return _BY_CODE.get(code, RemoteFailureError)(message, retry_after_s=retry_after_s)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of others' software says, cut to one line of 200 characters, to be told inside one of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

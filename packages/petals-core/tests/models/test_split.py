@@ -30,8 +30,7 @@ from petals_core.errors import (
     PetalsError,
     UnsupportedModelError,
 )
-from petals_core.models import transformers_internals as internals
-from petals_core.models.checkpoint import Checkpoint, FusedTensor
+from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.split import (
     Span,
     block_count,
@@ -243,31 +242,6 @@ def test_the_base_model_alone(family: str, folder: Path) -> None:
         torch.testing.assert_close(
             model(ids, use_cache=False).last_hidden_state, local(ids).last_hidden_state, rtol=1e-5, atol=1e-5
         )
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_are_read_one_by_one_into_their_place(family: str, folder: Path) -> None:
-    checkpoint = Checkpoint.open(folder)
-    names = [name for name in checkpoint.tensor_names if ".layers.0." in name]
-    tensors = checkpoint.lazy({name: name for name in names})
-    architecture = find_architecture(checkpoint.config)
-    internals.fuse_experts(internals.build_on_meta(architecture.base_class, checkpoint.config), tensors)
-    fused = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, FusedTensor)}
-    assert {name.rpartition(".")[2] for name in fused} == {"gate_up_proj", "down_proj"}
-    assert len(tensors) == len(names) - 3 * 4 + 2
-    local = local_model(folder, AutoModel).state_dict()
-    for name, tensor in fused.items():
-        assert torch.equal(tensor[...], local[name])
-
-
-@pytest.mark.parametrize("family", ["mixtral"])
-def test_experts_in_odd_numbers_are_left_to_transformers(family: str, folder: Path) -> None:
-    checkpoint = Checkpoint.open(folder)
-    names = [name for name in checkpoint.tensor_names if ".layers.0." in name and "experts.2.w1" not in name]
-    tensors = checkpoint.lazy({name: name for name in names})
-    architecture = find_architecture(checkpoint.config)
-    internals.fuse_experts(internals.build_on_meta(architecture.base_class, checkpoint.config), tensors)
-    assert len(tensors) == len(names) - 4 + 1
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama"])

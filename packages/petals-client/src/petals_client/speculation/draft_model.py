@@ -15,7 +15,7 @@ from transformers.generation import logits_process
 
 from petals_client.speculation.drafts import Drafts
 from petals_core.errors import ConfigurationError, InvalidRequestError
-from petals_core.models.transformers_forward import takes_position_ids
+from petals_core.models.transformers_structure import takes_position_ids
 
 _REPEATABLE = tuple(
     getattr(logits_process, name)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -74,47 +74,6 @@ class LazyTensor:
     @property
     def dtype(self) -> torch.dtype:
         return self._checkpoint.entry(self.name).dtype
-
-
-class FusedTensor(LazyTensor):
-    """Many stored tensors as one: ``parts[e]`` is what lies below each other in row ``e`` of the first dimension.
-
-    Stands for one tensor of ``shape`` [len(parts), sum of the parts' rows, ...]. Each part is read, cast and let go
-    before the next, so that no more than one is held beside the whole.
-    """
-
-    __slots__ = ("_dtype", "_parts", "_shape")
-
-    def __init__(self, name: str, parts: Sequence[Sequence[LazyTensor]], shape: torch.Size, dtype: torch.dtype) -> None:
-        first = parts[0][0]
-        super().__init__(first._checkpoint, name)
-        self._parts = parts
-        self._shape = shape
-        self._dtype = dtype
-
-    def __getitem__(self, key: object) -> torch.Tensor:
-        whole = torch.empty(self._shape, dtype=self._dtype)
-        for index, parts in enumerate(self._parts):
-            row = 0
-            for part in parts:
-                num_rows = part.shape[0]
-                whole[index, row : row + num_rows] = part[...]
-                row += num_rows
-        return whole if key is Ellipsis else whole[key]  # type: ignore[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self._shape)
-
-    def get_dtype(self) -> str:
-        return dtype_name(self._dtype)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
 
 
 class Checkpoint:

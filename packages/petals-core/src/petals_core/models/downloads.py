@@ -26,7 +26,7 @@ from typing import Any, Final, NoReturn
 
 from filelock import FileLock, Timeout
 
-from petals_core.errors import CheckpointError
+from petals_core.errors import CheckpointError, first_line
 from petals_core.models.hashes import ProgressCallback, is_sha256, read_note, write_note
 
 _log: Final = logging.getLogger(__name__)
@@ -234,13 +234,13 @@ class DownloadCache:
             except (OSError, CheckpointError):
                 raise
             except Exception as error:  # the many ways in which a connection ends
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
             else:
                 reason = "it sent too little"
             num_failures = num_failures + 1 if _size(partial) == done else 0
             if num_failures >= _MAX_FAILURES:
                 raise CheckpointError(
-                    f"the hub could not be reached for {file.name} ({reason[:200]}), of which {_mib(done)} of "
+                    f"the hub could not be reached for {file.name} ({reason}), of which {_mib(done)} of "
                     f"{_mib(file.num_bytes)} are here: check the network; the next start goes on from there"
                 )
             if num_failures > 1:

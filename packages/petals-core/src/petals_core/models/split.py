@@ -21,12 +21,16 @@ from torch import nn
 from petals_core.errors import CheckpointError, DeviceError, InvalidRequestError
 from petals_core.models import transformers_attention as attentions
 from petals_core.models import transformers_caches as caches
-from petals_core.models import transformers_internals as internals
+from petals_core.models import transformers_cutting as cutting
+from petals_core.models import transformers_loading as loading
 from petals_core.models import transformers_quantization as quantizers
+from petals_core.models import transformers_structure as structure
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.low_rank import LayerShapes, linear_layers
 from petals_core.models.memory import release_memory
+from petals_core.models.transformers_experts import fuse_experts
 from petals_core.models.transformers_private import takes_attention_functions
+from petals_core.models.transformers_surroundings import find_surroundings
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -83,22 +87,22 @@ _known_architectures: Final[dict[tuple[type, str], Architecture]] = {}
 
 
 def _find_architecture(config: PreTrainedConfig) -> Architecture:
-    base_class = internals.base_class_of(config)
-    internals.check_config(config, base_class)
+    base_class = structure.base_class_of(config)
+    structure.check_config(config, base_class)
     num_blocks = block_count(config)
     is_recurrent = caches.is_recurrent(config)
     # The constructors write into their config, and a model is built in the dtype that its config names.
     config = copy.deepcopy(config)
-    model = internals.build_on_meta(base_class, config)
-    block_path = internals.find_block_path(model, num_blocks, config.model_type)
+    model = structure.build_on_meta(base_class, config)
+    block_path = structure.find_block_path(model, num_blocks, config.model_type)
     blocks = model.get_submodule(block_path)
     assert isinstance(blocks, nn.ModuleList)
     block_class = type(blocks[0])
     block_parameters = tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks)
     block_linear_parameters = tuple(quantizers.count_linear_parameters(block) for block in blocks)
     block_layers = tuple(linear_layers(block) for block in blocks)
-    internals.neutralize(model, block_path)
-    surroundings = internals.find_surroundings(model, block_path, int(config.hidden_size))
+    cutting.neutralize(model, block_path)
+    surroundings = find_surroundings(model, block_path, int(config.hidden_size))
     return Architecture(
         base_class=base_class,
         block_class=block_class,
@@ -187,8 +191,8 @@ class Span:
         self.device: torch.device = model.device  # found by a walk through all modules, which a step has no time for
         self.quantization = quantization
         """One of ``petals_core.announcement.QUANTIZATIONS``."""
-        self._continues_by_tokens = model.config.model_type in internals.CONTINUED_BY_TOKENS
-        self._takes_positions = internals.takes_position_ids(type(model).forward)
+        self._continues_by_tokens = model.config.model_type in structure.CONTINUED_BY_TOKENS
+        self._takes_positions = structure.takes_position_ids(type(model).forward)
 
     @property
     def num_blocks(self) -> int:
@@ -312,7 +316,7 @@ class Span:
             raise InvalidRequestError(f"blocks {start}:{end} are not within {self.start}:{self.end}")
         if (start, end) == (self.start, self.end):
             return self
-        model = internals.narrow(self.model, self.architecture.block_path, start - self.start, end - self.start)
+        model = cutting.narrow(self.model, self.architecture.block_path, start - self.start, end - self.start)
         return Span(
             model=model,
             architecture=self.architecture,
@@ -408,14 +412,14 @@ def load_span(
     tensors = checkpoint.lazy(wanted, num_bytes=num_bytes)
 
     def cut(model: PreTrainedModel) -> None:
-        internals.cut(model, architecture.block_path, architecture.multipliers, start, end)
+        cutting.cut(model, architecture.block_path, architecture.multipliers, start, end)
         if form.config is not None:
             quantizers.make_linear_layers_plain(model)
         if not form.is_stored:
-            internals.fuse_experts(model, tensors)
+            fuse_experts(model, tensors)
 
-    model, _ = internals.load(
-        internals.make_subclass(architecture.base_class, cut),
+    model, _ = loading.load(
+        loading.make_subclass(architecture.base_class, cut),
         checkpoint,
         quantizers.span_config(checkpoint.config, architecture.block_path, start, end)
         if form.is_stored
@@ -476,12 +480,12 @@ def load_client_half(
     tensors = checkpoint.lazy({name: name for name in names.outside})
 
     def remove_blocks(model: PreTrainedModel) -> None:
-        internals.mend_base_model(model, architecture.base_class)
+        structure.mend_base_model(model, architecture.base_class)
         _set_blocks(model, architecture, nn.ModuleList())
-        internals.drop_tied_twins(model, checkpoint, tensors)
+        loading.drop_tied_twins(model, checkpoint, tensors)
 
-    model, fresh = internals.load(
-        internals.make_subclass(model_class, remove_blocks),
+    model, fresh = loading.load(
+        loading.make_subclass(model_class, remove_blocks),
         checkpoint,
         config,
         tensors,

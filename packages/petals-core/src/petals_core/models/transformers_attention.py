@@ -1,4 +1,4 @@
-"""Attention functions of our own in the place of a model's: the other part of ``transformers_internals``.
+"""Attention functions of our own in the place of a model's.
 
 Relies on ``AttentionInterface`` and ``AttentionMaskInterface``: a model takes the function that the name in its config
 stands for at each call, and makes no mask where a name has a function but no mask

@@ -1,4 +1,4 @@
-"""Caches of spans: the other part of ``transformers_internals``, for what sessions keep.
+"""Caches of spans, for what sessions keep.
 
 Read against 5.23 (``cache_utils.py``).
 

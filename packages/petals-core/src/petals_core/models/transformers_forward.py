@@ -17,7 +17,6 @@ import torch
 from transformers import Cache
 
 from petals_core.errors import InvalidRequestError
-from petals_core.models.transformers_internals import takes_position_ids as takes_position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from petals_core.announcement import QUANTIZATIONS
-from petals_core.errors import ConfigurationError, UnsupportedModelError
+from petals_core.errors import ConfigurationError, UnsupportedModelError, first_line
 from petals_core.models.memory import HeapTrimmer
 
 if TYPE_CHECKING:
@@ -164,10 +164,9 @@ def _check_available(settings: dict[str, Any], config: PreTrainedConfig, device:
         quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=is_stored)
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
     except Exception as error:  # each method's quantizer has errors of its own for what it misses
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         what = f"is stored quantized in {_method(config)}, which" if is_stored else "can't be quantized: bitsandbytes"
         raise UnsupportedModelError(
-            f"this checkpoint {what} can't be used on {device} here ({lines[0][:200]}): install what is missing, or "
+            f"this checkpoint {what} can't be used on {device} here ({first_line(error)}): install what is missing, or "
             "use the unquantized checkpoint"
         ) from None
     finally:
