@@ -27,7 +27,7 @@ from petals_client.directory import ServerDirectory
 from petals_core.errors import MissingBlocksError
 from petals_core.identity import Identity
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 from petals_core.terminal import EXIT_ERROR, run_app
 from petals_core.testing.factories import edit_config, make_checkpoint
 from petals_core.testing.hub import NAME, FakeHub, serving, sha256

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from petals_client import AutoDistributedModelForCausalLM, ClientOptions
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 from petals_server.config import ServerLimits
 
 WIDTH = 64

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from petals_client import AutoDistributedModelForCausalLM, ClientOptions, RemoteSequential
 from petals_core.errors import ConfigurationError, InvalidRequestError
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 
 FAMILIES = ("llama", "bloom", "mixtral")
 WIDTH = 64

@@ -14,7 +14,7 @@ from torch import Tensor
 from petals_client import AutoDistributedModelForCausalLM, ClientOptions, RemoteSequential
 from petals_core.errors import MissingBlocksError, PetalsError
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 from petals_server.config import ServerLimits
 from petals_server.graphs import GraphStore
 

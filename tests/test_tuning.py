@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from petals_client import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_core.errors import CheckpointError, ConfigurationError, InvalidRequestError
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 
 FAMILIES = ("llama", "bloom", "gpt2")
 NUM_PROMPTS = 3

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 from petals_core.testing.factories import bench_model, make_checkpoint
 from petals_server.cache.pages import CachePages, plan_groups
 from petals_server.cache.tensors import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS, CacheTensors

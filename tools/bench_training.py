@@ -36,7 +36,7 @@ import local_swarm
 from bench.suite import place
 from petals_client import AutoDistributedModel, ClientOptions
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 from petals_core.testing import factories
 
 READY_TIMEOUT_S = 120.0

@@ -30,8 +30,8 @@ import torch
 from local_swarm import LocalSwarm, stopping_in_order
 from petals_client import AutoDistributedModelForCausalLM
 from petals_core.addresses import Address
+from petals_core.models.architecture import block_count
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import block_count
 from petals_core.net.loop import run
 from petals_dht.directory import Directory
 

@@ -60,8 +60,8 @@ def run(model: str, prompt: str, *, max_new_tokens: int, num_servers: int) -> in
 
 def _show(console: Console, swarm: LocalSwarm, model: str, prompt: str, max_new_tokens: int, num_servers: int) -> bool:
     """Run the swarm and the comparison; True if the tokens are the same."""
+    from petals_core.models.architecture import block_count
     from petals_core.models.checkpoint import Checkpoint
-    from petals_core.models.split import block_count
 
     checkpoint = Checkpoint.open(model)
     num_blocks = block_count(checkpoint.config)

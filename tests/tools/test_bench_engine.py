@@ -15,7 +15,7 @@ from engine_load.clients import connected, states, step_rate
 from engine_load.engine import engine_of
 from engine_load.figures import at_least, at_most, histogram
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 from petals_core.net.loop import run
 from petals_server.testing import InProcessSwarm
 

@@ -15,7 +15,7 @@ from petals_client.auto import load_model
 from petals_client.chain import StepRequest
 from petals_core.errors import InvalidRequestError, PetalsError, RemoteFailureError
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 from petals_core.testing.factories import make_checkpoint
 
 

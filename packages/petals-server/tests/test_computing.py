@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 from petals_core.tensors.codec import Encoding
 from petals_core.testing.network import run_clean
 from petals_server.config import ServerLimits

@@ -5,7 +5,7 @@ import torch
 
 from petals_core.errors import NotEnoughMemoryError
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 from petals_server import memory, threads
 from petals_server.scheduling.request import Urgency
 

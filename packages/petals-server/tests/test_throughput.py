@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 from petals_server import throughput
 
 NOW_S = 1e9

@@ -107,8 +107,8 @@ class _AutoDistributed:
         from petals_client.peft_weights import PeftWeights
         from petals_client.tuned_weights import is_tuned_folder, open_tuned
         from petals_client.tuning import check_mode
+        from petals_core.models.architecture import find_architecture
         from petals_core.models.checkpoint import Checkpoint
-        from petals_core.models.split import find_architecture
 
         access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         if tuned is None and is_tuned_folder(name_or_path):
@@ -275,7 +275,7 @@ def load_model(
     """Build the class of Transformers for a checkpoint around the blocks behind ``chain``.
 
     Raises:
-        UnsupportedModelError, CheckpointError, ConfigurationError: see ``petals_core.models.split.load_client_half``.
+        UnsupportedModelError, CheckpointError, ConfigurationError: see ``petals_core.models.client_half``.
     """
     import transformers
 
@@ -285,7 +285,8 @@ def load_model(
     from petals_client.remote_sequential import RemoteSequential
     from petals_client.tuned_model import Origin
     from petals_client.tuning import attach_prompts, freeze
-    from petals_core.models.split import find_architecture, load_client_half
+    from petals_core.models.architecture import find_architecture
+    from petals_core.models.client_half import load_client_half
 
     config = checkpoint.config if config is None else config
     try:

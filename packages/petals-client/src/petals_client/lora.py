@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from petals_client.adaptation import TunedValues
 from petals_core.errors import ConfigurationError
 from petals_core.limits import MAX_ADAPTER_LAYERS, MAX_ADAPTER_RANK
+from petals_core.models.architecture import Architecture
 from petals_core.models.low_rank import LayerShapes, LoraLayout
-from petals_core.models.split import Architecture
 
 DEFAULT_RANK: Final = 8
 DEFAULT_ALPHA: Final = 16.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from petals_client.lora import LoraSettings, TunedAdapter
 from petals_core.errors import ConfigurationError
 from petals_core.models.adapter_files import AdapterFiles, save_adapter
-from petals_core.models.split import Architecture
+from petals_core.models.architecture import Architecture
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 

@@ -26,8 +26,8 @@ from petals_client.trace import StepTrace
 from petals_client.training import TrainingRun, TrainingTrace
 from petals_client.window import choose_part_sizes
 from petals_core.errors import InvalidRequestError
+from petals_core.models.architecture import block_count
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
-from petals_core.models.split import block_count
 from petals_core.models.transformers_quantization import stored_quantization
 from petals_core.routing.graph import Chain
 

@@ -34,3 +34,18 @@ def hub(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub on loopback that has the llama in several files."""
     with serving(sharded, monkeypatch) as hub:
         yield hub
+
+
+@pytest.fixture(scope="session")
+def folders() -> dict[str, Path]:
+    """Those that were made, by family."""
+    return {}
+
+
+@pytest.fixture
+def folder(family: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the family, 6 blocks in several files. Not to be changed."""
+    if family not in folders:
+        path = tmp_path_factory.mktemp(family)
+        folders[family] = make_checkpoint(path, family, num_blocks=6, max_shard_size=100_000)
+    return folders[family]

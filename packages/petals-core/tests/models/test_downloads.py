@@ -14,7 +14,7 @@ from filelock import FileLock
 from petals_core.errors import CheckpointError
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.downloads import DownloadCache, RemoteFile
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 from petals_core.testing.hub import NAME, FakeHub, sha256
 
 

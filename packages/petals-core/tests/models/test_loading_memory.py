@@ -13,7 +13,7 @@ import torch
 
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.memory import release_memory
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 from petals_core.testing.factories import make_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from petals_core.announcement import QUANTIZATIONS
 from petals_core.errors import ConfigurationError, PetalsError, UnsupportedModelError
 from petals_core.models import transformers_quantization as quantizers
+from petals_core.models.architecture import find_architecture
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, find_architecture, load_client_half, load_span
+from petals_core.models.client_half import load_client_half
+from petals_core.models.span import Span, load_span
 from petals_core.testing.factories import edit_config, make_checkpoint
 
 NUM_BLOCKS = 3

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from petals_core.errors import CheckpointError, UnsupportedModelError
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 from petals_core.testing.factories import edit_config, make_checkpoint
 from petals_core.testing.hub import NAME, serving
 

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from petals_core.errors import CheckpointError
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 from petals_core.testing.hub import COMMIT, NAME, FakeHub, serving, sha256
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from petals_core.models.architecture import find_architecture
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import find_architecture
 from petals_core.models.transformers_experts import FusedTensor, fuse_experts
 from petals_core.models.transformers_structure import build_on_meta
 from petals_core.testing.factories import make_checkpoint

@@ -15,7 +15,7 @@ from petals_core.errors import ConfigurationError, MissingAdapterError
 from petals_core.limits import MAX_ADAPTERS
 from petals_core.models.adapter_files import AdapterFiles
 from petals_core.models.low_rank import Adapter, LowRank, linear_layers
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.config import ServerConfig
 
 log = logging.getLogger(__name__)

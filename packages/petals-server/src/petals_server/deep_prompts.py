@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_core.tensors.codec import TensorSpec, decode
 
 

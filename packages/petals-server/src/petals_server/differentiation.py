@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint
 
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.columns import spread
 from petals_server.deep_prompts import prompted
 from petals_server.execution.states import as_mask, default_positions

@@ -15,7 +15,7 @@ from petals_core.errors import (
     WrongModelError,
 )
 from petals_core.identity import PeerId
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_core.net.stream import Stream
 from petals_core.tensors.states import States
 from petals_core.wire.messages import (

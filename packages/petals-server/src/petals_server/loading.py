@@ -15,10 +15,12 @@ import torch
 
 from petals_core.errors import ConfigurationError
 from petals_core.models import transformers_quantization as quantizers
+from petals_core.models.architecture import block_count, find_architecture
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
+from petals_core.models.devices import check_device
 from petals_core.models.hashes import ProgressCallback
 from petals_core.models.low_rank import Adapter
-from petals_core.models.split import Span, block_count, check_device, find_architecture, load_span
+from petals_core.models.span import Span, load_span
 from petals_server import memory, threads, throughput
 from petals_server.adapters import load_adapters
 from petals_server.cache.pages import CachePages, plan_groups

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from petals_core.errors import NotEnoughMemoryError
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_core.models.transformers_private import attention_name
 
 MIB: Final = 1024 * 1024

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from petals_core.errors import SessionLengthError
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.columns import PositionRuns
 
 

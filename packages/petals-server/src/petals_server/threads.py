@@ -13,7 +13,7 @@ from typing import Final
 import psutil
 import torch
 
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.scheduling.request import Urgency
 
 _NUM_ROUNDS: Final = 5

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from petals_core.models.hashes import cache_folder, read_note, write_note
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server import threads
 
 MAX_AGE_S: Final = 24 * 3600.0

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from petals_core.identity import PeerId
 from petals_core.models.low_rank import Adapter
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_core.tensors.codec import Encoding, TensorSpec, encode
 from petals_server.adapters import Part, adapted
 from petals_server.columns import Chunk, PositionRuns, expand_positions, take_rows

@@ -11,7 +11,7 @@ from petals_core.announcement import DTYPES
 from petals_core.errors import GraphExpiredError, InvalidRequestError, ProtocolError
 from petals_core.identity import PeerId
 from petals_core.models.low_rank import Adapter
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_core.tensors.codec import TensorSpec
 from petals_core.wire.messages import Backward, Forward, Message, OpenSession
 from petals_server.adapters import find_adapter

@@ -24,7 +24,7 @@ from petals_core.errors import (
 )
 from petals_core.identity import PeerId
 from petals_core.models.low_rank import Adapter, LoraLayout, linear_layers
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_core.net.stream import Stream
 from petals_core.tensors.codec import TensorSpec, decode
 from petals_core.wire.messages import Message, OpenTuning, TuningReady, UpdateTuning

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from petals_core.errors import CacheLostError
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import Span, load_span
+from petals_core.models.span import Span, load_span
 from petals_core.tensors.codec import decode, encode
 from petals_core.testing.factories import make_checkpoint
 from petals_server.cache.pages import CachePages, plan_groups

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.split import load_span
+from petals_core.models.span import load_span
 from petals_core.testing.factories import make_checkpoint
 from petals_server.execution import linear
 from petals_server.execution.linear import Linear

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from petals_core.models.low_rank import Adapter
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.adapters import Part, adapted
 from petals_server.deep_prompts import PromptedRow, SessionPrompts, prompted_rows
 from petals_server.scheduling.plan import RowPart

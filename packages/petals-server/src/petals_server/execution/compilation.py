@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.cache.pages import CachePages
 from petals_server.execution.changes import RowChange
 from petals_server.execution.steps import StepRunner

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.cache.tensors import CacheTensors, LayerKind
 from petals_server.execution import attention
 from petals_server.execution.batch import Batch, active, row_slots

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from petals_core.identity import PeerId
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.columns import Chunk, spread, take_rows
 from petals_server.engine import Work
 from petals_server.execution.states import EncodedStates, PackedStates, as_mask, default_positions

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 
 MIN_ELEMENTS: Final = 1 << 18
 """Of a weight: for smaller ones finding the kernel takes oneDNN longer than multiplying."""

@@ -18,7 +18,7 @@ import torch
 
 from petals_core.identity import PeerId
 from petals_core.models.low_rank import Adapter
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.adapters import adapted
 from petals_server.cache.pages import CachePages
 from petals_server.columns import Chunk, split_columns

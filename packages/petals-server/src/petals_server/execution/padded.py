@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_core.models.transformers_caches import new_exchange_cache
 from petals_server.execution.batch import Batch, row_slots
 from petals_server.execution.changes import RowChange, changed

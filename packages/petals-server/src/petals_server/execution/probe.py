@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from petals_core.models import transformers_attention as interface
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_core.models.transformers_caches import new_exchange_cache
 from petals_server.cache.tensors import LayerKind
 

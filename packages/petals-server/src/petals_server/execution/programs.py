@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from petals_core.models import transformers_attention
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.execution import attention, linear
 from petals_server.execution.batch import Batch
 from petals_server.execution.traces import LoneTrace, Program

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from petals_core.errors import CacheLostError
 from petals_core.models.low_rank import Adapter
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.cache.pages import CachePages, PageCopy
 from petals_server.columns import ColumnLedger
 from petals_server.deep_prompts import SessionPrompts

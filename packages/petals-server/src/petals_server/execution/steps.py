@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from petals_core.identity import PeerId
-from petals_core.models.split import Span
+from petals_core.models.span import Span
 from petals_server.cache.pages import PageCopy
 from petals_server.cache.tensors import CacheTensors
 from petals_server.engine import Work

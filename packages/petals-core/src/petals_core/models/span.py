@@ -1,169 +1,33 @@
-"""A Transformers model in parts: the client's half, and spans of blocks for servers.
+"""The server's part of a model: consecutive blocks, loaded without the rest and ready to run.
 
-Both are Transformers' own classes with something taken out, so an architecture works when Transformers has it. A span
-is the base model with other blocks and everything around them removed, called with ``inputs_embeds``; the client's half
-is the whole model with its list of blocks replaced by one module that stands for all of them.
+A span is Transformers' own base model with other blocks and everything around them removed, called with
+``inputs_embeds``, so an architecture works when Transformers has it.
 
 Letters: B rows of a batch, T tokens of a step, P tokens in the cache before it, H hidden size.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
-import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from petals_core.errors import CheckpointError, DeviceError, InvalidRequestError
+from petals_core.errors import InvalidRequestError
 from petals_core.models import transformers_attention as attentions
 from petals_core.models import transformers_caches as caches
 from petals_core.models import transformers_cutting as cutting
 from petals_core.models import transformers_loading as loading
 from petals_core.models import transformers_quantization as quantizers
 from petals_core.models import transformers_structure as structure
+from petals_core.models.architecture import Architecture, block_count, find_architecture, tensor_names
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
-from petals_core.models.low_rank import LayerShapes, linear_layers
+from petals_core.models.devices import check_device
 from petals_core.models.memory import release_memory
 from petals_core.models.transformers_experts import fuse_experts
-from petals_core.models.transformers_private import takes_attention_functions
-from petals_core.models.transformers_surroundings import find_surroundings
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
-
-_log: Final = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """How a family of models is put together."""
-
-    base_class: type[PreTrainedModel]
-    block_class: type[nn.Module]
-    block_path: str
-    """Where the base model keeps its blocks: ``layers``, ``h``, ``decoder.layers``."""
-    num_blocks: int
-    hidden_size: int
-    block_parameters: tuple[int, ...]
-    """Number of elements in each block's weights, which tells its size before anything is downloaded."""
-    block_linear_parameters: tuple[int, ...]
-    """How many of these are in linear layers, which can be quantized."""
-    blocks_return_tuples: bool
-    """Whether the base model takes element 0 of what a block returns (bloom, falcon, mpt, bamba) or all of it."""
-    multipliers: tuple[str, ...]
-    """Attributes of the base model by which it multiplies hidden states before the first block (granite)."""
-    is_recurrent: bool
-    """Whether some blocks keep a state of fixed size, which can't be cut back to fewer tokens."""
-    block_layers: tuple[LayerShapes, ...]
-    """Each block's linear layers, which adapters may change."""
-    has_attention_interface: bool
-    """Whether attention goes through Transformers' ``AttentionInterface`` and can be replaced."""
-
-
-def block_count(config: PreTrainedConfig) -> int:
-    """Number of decoder blocks."""
-    return int(config.get_text_config(decoder=True).num_hidden_layers)
-
-
-def find_architecture(config: PreTrainedConfig) -> Architecture:
-    """Learn from a config how the model is built, without loading anything. Remembered for each config.
-
-    Raises:
-        UnsupportedModelError: the model can't be split.
-    """
-    key = (type(config), config.to_json_string(use_diff=False))
-    architecture = _known_architectures.get(key)
-    if architecture is None:
-        architecture = _known_architectures[key] = _find_architecture(config)
-    return architecture
-
-
-_known_architectures: Final[dict[tuple[type, str], Architecture]] = {}
-"""Building a model of a hundred blocks takes about half a second even without weights."""
-
-
-def _find_architecture(config: PreTrainedConfig) -> Architecture:
-    base_class = structure.base_class_of(config)
-    structure.check_config(config, base_class)
-    num_blocks = block_count(config)
-    is_recurrent = caches.is_recurrent(config)
-    # The constructors write into their config, and a model is built in the dtype that its config names.
-    config = copy.deepcopy(config)
-    model = structure.build_on_meta(base_class, config)
-    block_path = structure.find_block_path(model, num_blocks, config.model_type)
-    blocks = model.get_submodule(block_path)
-    assert isinstance(blocks, nn.ModuleList)
-    block_class = type(blocks[0])
-    block_parameters = tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks)
-    block_linear_parameters = tuple(quantizers.count_linear_parameters(block) for block in blocks)
-    block_layers = tuple(linear_layers(block) for block in blocks)
-    cutting.neutralize(model, block_path)
-    surroundings = find_surroundings(model, block_path, int(config.hidden_size))
-    return Architecture(
-        base_class=base_class,
-        block_class=block_class,
-        block_path=block_path,
-        num_blocks=num_blocks,
-        hidden_size=int(config.hidden_size),
-        block_parameters=block_parameters,
-        block_linear_parameters=block_linear_parameters,
-        blocks_return_tuples=surroundings.blocks_return_tuples,
-        multipliers=surroundings.multipliers,
-        is_recurrent=is_recurrent,
-        block_layers=block_layers,
-        has_attention_interface=takes_attention_functions(base_class),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorNames:
-    """A checkpoint's tensors, told apart by what holds them."""
-
-    outside: tuple[str, ...]
-    """Embeddings, final norm, head."""
-    by_block: tuple[tuple[str, ...], ...]
-    _number_at: dict[str, tuple[int, int]]
-
-    def renumbered(self, name: str, index: int) -> str:
-        """A block's tensor under the name that it would have in block ``index``."""
-        start, end = self._number_at[name]
-        return f"{name[:start]}{index}{name[end:]}"
-
-
-def tensor_names(checkpoint: Checkpoint, architecture: Architecture) -> TensorNames:
-    """Tell a checkpoint's tensors apart.
-
-    Raises:
-        CheckpointError: the checkpoint has more or fewer blocks than its config says.
-    """
-    pattern = re.compile(rf"(?:^|\.){re.escape(architecture.block_path)}\.(\d+)\.")
-    outside: list[str] = []
-    by_block: list[list[str]] = [[] for _ in range(architecture.num_blocks)]
-    number_at: dict[str, tuple[int, int]] = {}
-    for name in checkpoint.tensor_names:
-        match = pattern.search(name)
-        if match is None:
-            outside.append(name)
-            continue
-        index = int(match[1])
-        if index >= architecture.num_blocks:
-            continue  # beside the decoder: layers for multi-token prediction come under the next numbers
-        by_block[index].append(name)
-        number_at[name] = match.span(1)
-    empty = [index for index, names in enumerate(by_block) if not names]
-    if empty:
-        raise CheckpointError(
-            f"{checkpoint.name} has no tensors for block {empty[0]} although its config says "
-            f"{architecture.num_blocks} blocks: copy or download the checkpoint again"
-        )
-    return TensorNames(outside=tuple(outside), by_block=tuple(map(tuple, by_block)), _number_at=number_at)
-
-
-# --- the server's part ------------------------------------------------------------------------------------------------
 
 
 class Span:
@@ -436,110 +300,3 @@ def load_span(
     quantizers.finish(model, form, dtype)
     release_memory()
     return Span(model=model, architecture=architecture, start=start, end=end, dtype=dtype, quantization=form.name)
-
-
-# --- the client's part ------------------------------------------------------------------------------------------------
-
-
-def load_client_half(
-    checkpoint: Checkpoint,
-    model_class: type[PreTrainedModel],
-    *,
-    blocks: nn.Module,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str = "cpu",
-    config: PreTrainedConfig | None = None,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """Load a model of ``model_class`` whose blocks are ``blocks``: its embeddings, final norm and head, and no more.
-
-    ``blocks`` is put where the base model has its ``ModuleList``, and the tables of positions beside it, which only
-    blocks look into, are None: they would cost each step a few operations. The models of Transformers do the following
-    with ``blocks``, so it must allow it:
-
-    - ``blocks[: config.num_hidden_layers]`` and ``iter(blocks)``, ``enumerate(blocks)``: yield itself, once.
-    - ``len(blocks)``: the true number of blocks, which ``config.num_hidden_layers`` also stays.
-    - ``blocks(hidden, attention_mask=..., past_key_values=..., position_ids=..., position_embeddings=..., ...)``, as
-      the family's block is called (also positionally): returns hidden states of the same shape, in a tuple whose
-      element 0 they are where ``find_architecture(config).blocks_return_tuples``.
-    - attributes of a block that some families read: ``attention_type``.
-
-    Weights of the head that the checkpoint lacks (``score`` of a classifier) are initialised as Transformers does, and
-    a warning is logged. ``config`` overrides the checkpoint's own (labels of a classifier, say); it is not changed.
-
-    Raises:
-        Errors as in :func:`load_span`.
-    """
-    dtype = resolve_dtype(dtype, checkpoint)
-    device = check_device(device, dtype)
-    config = checkpoint.config if config is None else config
-    architecture = find_architecture(config)
-    names = tensor_names(checkpoint, architecture)
-    if quantizers.stored_quantization(config) is not None:
-        config = quantizers.client_config(config, {checkpoint.entry(name).dtype for name in names.outside})
-    tensors = checkpoint.lazy({name: name for name in names.outside})
-
-    def remove_blocks(model: PreTrainedModel) -> None:
-        structure.mend_base_model(model, architecture.base_class)
-        _set_blocks(model, architecture, nn.ModuleList())
-        loading.drop_tied_twins(model, checkpoint, tensors)
-
-    model, fresh = loading.load(
-        loading.make_subclass(model_class, remove_blocks),
-        checkpoint,
-        config,
-        tensors,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
-        is_head_optional=True,
-    )
-    model.__class__ = model_class
-    model.config.name_or_path = checkpoint.name
-    # After the loading, so that weights which the blocks bring along are not taken for the checkpoint's.
-    _set_blocks(model, architecture, blocks)
-    parent = model.base_model.get_submodule(architecture.block_path.rpartition(".")[0])
-    for name, module in parent.named_children():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            setattr(parent, name, _NoTables())
-    if fresh:
-        _log.warning("%s has no %s: initialised anew, to be trained", checkpoint.name, ", ".join(sorted(fresh)))
-    release_memory()
-    return model
-
-
-class _NoTables(nn.Module):
-    """In the place of rotary embeddings where no blocks are."""
-
-    def forward(self, *args: object, **kwargs: object) -> None:
-        """Nothing."""
-
-
-def _set_blocks(model: PreTrainedModel, architecture: Architecture, blocks: nn.Module) -> None:
-    parent_path, _, attribute = architecture.block_path.rpartition(".")
-    setattr(model.base_model.get_submodule(parent_path), attribute, blocks)
-
-
-# --- devices ----------------------------------------------------------------------------------------------------------
-
-
-def check_device(device: torch.device | str, dtype: torch.dtype) -> torch.device:
-    """Make sure that the device exists and multiplies matrices and attends in ``dtype``, by doing it once.
-
-    Raises:
-        DeviceError: it does not.
-    """
-    try:
-        device = torch.device(device)
-        sample = torch.ones(1, 1, 8, 8, dtype=dtype, device=device)
-    except (RuntimeError, AssertionError, ValueError):
-        raise DeviceError(
-            f"there is no device {device} here: use cpu, or check the driver and the torch build"
-        ) from None
-    try:
-        nn.functional.scaled_dot_product_attention(sample, sample @ sample, sample)
-        nn.functional.layer_norm(sample, (8,))
-    except RuntimeError:
-        name = str(dtype).removeprefix("torch.")
-        raise DeviceError(f"{device} can't compute in {name} with this torch: use float32 or bfloat16") from None
-    return device
