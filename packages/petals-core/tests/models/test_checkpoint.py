@@ -3,13 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from petals_core.errors import CheckpointError, PetalsError, UnsupportedModelError
+from petals_core.errors import CheckpointError
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.testing.factories import edit_config, make_checkpoint
 
@@ -31,7 +30,8 @@ def test_all_tensors_of_all_files_are_there(sharded: Path) -> None:
     expected = {name: value for path in sharded.glob("*.safetensors") for name, value in load_file(path).items()}
     assert len(checkpoint.files) > 3
     assert set(checkpoint.tensor_names) == set(expected)
-    for name, tensor in checkpoint.load(checkpoint.tensor_names).items():
+    for name in checkpoint.tensor_names:
+        tensor = checkpoint.read(name)
         assert torch.equal(tensor, expected[name])
 
 
@@ -51,9 +51,9 @@ def test_only_the_files_of_the_tensors_asked_for_are_opened(copied: Path) -> Non
     for path in copied.glob("*.safetensors"):
         if path.name != file:
             path.unlink()
-    assert checkpoint.load([name])[name].shape == (128, 64)
+    assert checkpoint.read(name).shape == (128, 64)
     with pytest.raises(CheckpointError, match="is missing although the checkpoint's index names it: copy or download"):
-        checkpoint.load(["model.layers.5.mlp.up_proj.weight"])
+        checkpoint.read("model.layers.5.mlp.up_proj.weight")
 
 
 def test_is_same_compares_content(sharded: Path) -> None:
@@ -113,8 +113,8 @@ def test_of_a_file_that_was_removed_the_note_of_its_download_is_taken(sharded: P
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def fails(folder: str | Path, message: str, error: type[PetalsError] = CheckpointError) -> None:
-    with pytest.raises(error, match=message) as raised:
+def fails(folder: str | Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as raised:
         Checkpoint.open(folder)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 400
@@ -158,24 +158,6 @@ def test_a_broken_index(copied: Path, index: str, message: str) -> None:
     fails(copied, message)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message", "error"),
-    [
-        ({"model_type": None}, "names no model_type", CheckpointError),
-        ({"model_type": "nonesuch"}, "is of type nonesuch, which this version", UnsupportedModelError),
-        (
-            {"model_type": "nonesuch", "auto_map": {"AutoConfig": "code.Config"}},
-            "comes with code of its own .nonesuch., which can do anything",
-            UnsupportedModelError,
-        ),
-        ({"hidden_size": "many"}, "the config of .* can't be read", CheckpointError),
-    ],
-)
-def test_a_broken_config(copied: Path, changes: dict[str, Any], message: str, error: type[PetalsError]) -> None:
-    edit_config(copied, **changes)
-    fails(copied, message, error)
-
-
 def test_a_truncated_file(single: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(single, tmp_path / "model"))
     path = folder / "model.safetensors"
@@ -191,7 +173,7 @@ def test_an_index_that_promises_too_much(copied: Path) -> None:
     index.write_text(json.dumps(content))
     checkpoint = Checkpoint.open(copied)
     with pytest.raises(CheckpointError, match="lacks the tensor more that its index promises"):
-        checkpoint.load(["more"])
+        checkpoint.read("more")
     with pytest.raises(CheckpointError, match="has no tensor nonesuch"):
         checkpoint.tensor_files(["nonesuch"])
 

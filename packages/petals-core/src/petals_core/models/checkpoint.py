@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from petals_core.errors import CheckpointError, UnsupportedModelError
+from petals_core.errors import CheckpointError
+from petals_core.models.configs import read_config, read_generation_config
 from petals_core.models.hashes import ProgressCallback
 from petals_core.models.memory import HeapTrimmer
-from petals_core.models.remote_code import load_remote_code
 from petals_core.models.safetensors_file import COPY_AGAIN, TensorEntry, dtype_name, read_header, read_tensor
-from petals_core.models.sources import Folder, Hub, Source, one_line, read_json
+from petals_core.models.sources import Folder, Hub, Source, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
@@ -152,8 +152,8 @@ class Checkpoint:
         if config_path is None:
             raise CheckpointError(f"{source} has no config.json: it is not a Transformers checkpoint")
         raw_config = read_json(config_path)
-        config = _parse_config(config_path, source, trust_remote_code=trust_remote_code)
-        generation_config = _parse_generation_config(source)
+        config = read_config(config_path, source, trust_remote_code=trust_remote_code)
+        generation_config = read_generation_config(source)
         weight_files, files = _find_weights(source)
         checkpoint = cls(
             source=source,
@@ -233,10 +233,6 @@ class Checkpoint:
         """
         entry = self.entry(name)
         return read_tensor(self._source.path(entry.file), entry)
-
-    def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Read tensors, each into memory of its own. Errors as in :meth:`read`."""
-        return {name: self.read(name) for name in names}
 
     def fetch(self, names: Iterable[str]) -> int:
         """Make sure that the files of these tensors are here (on the hub: download them) and whole.
@@ -326,49 +322,6 @@ def resolve_dtype(name: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtyp
 
 
 # --- reading files ----------------------------------------------------------------------------------------------------
-
-
-def _parse_config(path: Path, source: Source, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """Read a config. Code that comes with a checkpoint is run only for families that Transformers does not know."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    raw = read_json(path)
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{path} names no model_type: it is not the config of a Transformers model")
-    is_known = model_type in CONFIG_MAPPING
-    has_code = isinstance(raw.get("auto_map"), dict)
-    if not is_known and has_code and not trust_remote_code:
-        raise UnsupportedModelError(
-            f"{source} comes with code of its own ({model_type}), which can do anything where it runs: if you trust "
-            "it, say so with --trust-remote-code (trust_remote_code=True in a client)"
-        )
-    try:
-        if not is_known and has_code:
-            return load_remote_code(source)
-        config = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        if not is_known and not has_code:
-            raise UnsupportedModelError(
-                f"{source} is of type {model_type}, which this version of Transformers does not know: "
-                "upgrade transformers or choose another model"
-            ) from None
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"the config of {source} can't be read: {one_line(error)}") from None
-    return config
-
-
-def _parse_generation_config(source: Source) -> GenerationConfig | None:
-    from transformers import GenerationConfig
-
-    path = source.find("generation_config.json")
-    if path is None:
-        return None
-    try:
-        return GenerationConfig.from_pretrained(str(path.parent), local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} can't be read: {one_line(error)}") from None
 
 
 def _find_weights(source: Source) -> tuple[dict[str, str], tuple[str, ...]]:
