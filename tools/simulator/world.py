@@ -75,7 +75,6 @@ class Server:
     """As it counts in the view of all."""
     intent: Intent | None = None
     num_moves: int = 0
-    online_s: float = 0.0
     listeners: dict[int, Callable[[], None]] = field(default_factory=dict)
     """Sessions, to be told when it is gone."""
 

@@ -67,7 +67,7 @@ _Add = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From states [R, N, H] and a block's prompts [1 or R, P, H] to states with the prompts added."""
 
 
-def _adder(prompts_BRPH: torch.Tensor, row_tokens: Sequence[int], row_lengths: Sequence[int]) -> Any:
+def _adder(prompts_BRPH: torch.Tensor, row_tokens: Sequence[int], row_lengths: Sequence[int]) -> _Add | None:
     """How prompts are added; None if no token of the batch is among its row's first P."""
     num_prompts, num_columns = prompts_BRPH.shape[2], max(row_tokens)
     counts = [min(max(num_prompts - length, 0), count) for length, count in zip(row_lengths, row_tokens, strict=True)]

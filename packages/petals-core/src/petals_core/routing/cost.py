@@ -24,8 +24,6 @@ NOISE_S: Final = 0.001
 """Costs that differ by less than this share, and this time, are equal: chance decides between them."""
 FULL_CACHE_S: Final = 5.0
 """Cost of a server whose cache has no room for the session: it may have when others have ended."""
-AVOIDED_S: Final = 1000.0
-"""Cost of a server that is not to be used if there is any other way."""
 _MAX_LOAD: Final = 100.0
 
 

@@ -309,11 +309,6 @@ def write_tokenizer(folder: str | Path) -> None:
     fast.save_pretrained(folder)
 
 
-def checkpoint_bytes(folder: str | Path) -> int:
-    """Size of a checkpoint's safetensors files."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
 def edit_config(folder: str | Path, **changes: Any) -> None:
     """Change a written checkpoint's config; a value of None removes the key."""
     path = Path(folder) / "config.json"

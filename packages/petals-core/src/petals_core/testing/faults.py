@@ -97,11 +97,6 @@ class FaultProxy:
             raise RuntimeError("the proxy has not been started or is closed")
         return Address("127.0.0.1", self._server.sockets[0].getsockname()[1])
 
-    @property
-    def num_open(self) -> int:
-        """Connections that are open now."""
-        return len({flow.connection for flow in self._flows})
-
     def add(self, fault: Fault) -> None:
         """Plan a fault on the connections that are open now (or the next, if none is), counted from this moment."""
         flows = [flow for flow in self._flows if flow.direction is fault.direction]
@@ -137,7 +132,6 @@ class FaultProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
-        number = self.num_connections
         try:
             far_reader, far_writer = await self._tasks.start(
                 asyncio.open_connection(self.target.host, self.target.port)
@@ -148,8 +142,8 @@ class FaultProxy:
                 return
             raise
         pair = [
-            _Flow(self, number, Direction.TO_LISTENER, reader, far_writer),
-            _Flow(self, number, Direction.TO_DIALER, far_reader, writer),
+            _Flow(self, Direction.TO_LISTENER, reader, far_writer),
+            _Flow(self, Direction.TO_DIALER, far_reader, writer),
         ]
         for flow in pair:
             for fault in self._planned:
@@ -186,12 +180,10 @@ class _Flow:
     def __init__(
         self,
         proxy: FaultProxy,
-        connection: int,
         direction: Direction,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        self.connection = connection
         self.direction = direction
         self.passed_bytes = 0
         self._proxy = proxy

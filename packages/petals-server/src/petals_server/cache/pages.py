@@ -219,16 +219,6 @@ class CachePages:
         self.pools = tuple(PagePool(group.num_pages) for group in groups)
 
     @property
-    def total_tokens(self) -> int:
-        """Tokens of sessions that the pages of each group hold."""
-        return self.pools[0].num_pages * self.page_tokens
-
-    @property
-    def free_tokens(self) -> int:
-        """The same of what is free, where least is."""
-        return min(pool.num_free for pool in self.pools) * self.page_tokens
-
-    @property
     def num_held(self) -> int:
         """Pages of all pools that sessions hold."""
         return sum(pool.num_pages - pool.num_free for pool in self.pools)
