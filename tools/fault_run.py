@@ -13,6 +13,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from local_swarm import LocalSwarm
-from nursery import Birth, Holdings, Nursery, count_tasks, open_sockets
+from nursery import Birth, Holdings, Nursery, name_tasks, open_sockets
 from petals_client import AutoDistributedModelForCausalLM
 from petals_client.swarm_session import SwarmSession
 from petals_core.addresses import Address
@@ -91,6 +92,8 @@ class FaultLab:
         self._pids: dict[int, int] = {}
         self._peer_ids: dict[int, PeerId] = {}
         self._numbers = itertools.count(NUM_COPIES)
+        self._own_tasks: Counter[str] = Counter()
+        """This process's, when they were last counted."""
 
     def __enter__(self) -> Self:
         try:
@@ -190,6 +193,7 @@ class FaultLab:
         # What a client begins with its work, and has for half a minute, is nothing that a cell leaves behind.
         self._distributed.generate(torch.tensor([[3]]), max_new_tokens=1, **_GREEDY)
         before = self._count()
+        tasks_before = self._own_tasks
         problems: list[str] = []
         with contextlib.ExitStack() as releases:
 
@@ -208,7 +212,10 @@ class FaultLab:
         total_s = time.monotonic() - started_s
         victims = {self._peer_ids[number] for number in struck}
         problems += self._ask(lambda swarm: self._find_blamed(swarm, victims))
-        problems += self._find_remains(struck, before)
+        remains = self._find_remains(struck, before)
+        if more := self._own_tasks - tasks_before:
+            remains = [each + (f": {dict(more)}" if each.startswith("the client") else "") for each in remains]
+        problems += remains
         self._renew(struck)
         return Result(cell=cell, problems=tuple(problems), total_s=total_s)
 
@@ -337,8 +344,9 @@ class FaultLab:
 
     async def _count_own(self, swarm: Any) -> Holdings:
         ports = {proxy.address.port for proxy in self._proxies.values()}
+        self._own_tasks = name_tasks()
         return Holdings(
-            num_tasks=count_tasks(),
+            num_tasks=self._own_tasks.total(),
             num_streams=sum(connection.num_streams for connection in swarm._dialer._connections.values()),
             num_sockets=sum(_far_port(descriptor) in ports for descriptor in open_sockets()),
         )

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Final, Self
 
 START_TIMEOUT_S: Final = 120.0
 _COUNT_TIMEOUT_S: Final = 10.0
+_TAIL_LINES: Final = 12
 _IMPORTED: Final = "imported"
 _BORN: Final = "born"
 _READY: Final = "ready"
@@ -77,6 +79,7 @@ class Nursery:
         self._folder = folder
         self._changed = threading.Condition()
         self._pids: dict[int, int] = {}
+        """By numbers, the last process of each."""
         self._ready: set[int] = set()
         """Process ids."""
         self._holdings: dict[int, Holdings] = {}
@@ -128,7 +131,10 @@ class Nursery:
 
     def wait_until_ready(self, pid: int) -> None:
         """Wait for that."""
-        self._wait(lambda: pid in self._ready, f"the server of process {pid} is not ready, see {self._folder}")
+        try:
+            self._wait(lambda: pid in self._ready, f"the server of process {pid} was not ready in time")
+        except NurseryError as error:
+            raise NurseryError(f"{error}{self._tail(pid)}") from None
 
     def count(self, pid: int) -> Holdings:
         """Ask a server what it has open; it has to be ready and not stopped."""
@@ -149,6 +155,13 @@ class Nursery:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
+
+    def _tail(self, pid: int) -> str:
+        """What the server of that process, or one of its number before it, printed last."""
+        number = next((number for number, other in self._pids.items() if other == pid), None)
+        log = self._folder / f"server-{number}.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        return "".join(f"\n  {line}" for line in lines[-_TAIL_LINES:])
 
     def _wait(self, is_so: Callable[[], bool], complaint: str) -> None:
         with self._changed:
@@ -181,10 +194,14 @@ class Nursery:
             self._changed.notify_all()
 
 
-def count_tasks() -> int:
-    """Tasks of this event loop that are not the directory's."""
+def name_tasks() -> Counter[str]:
+    """What this event loop's tasks run, but for the directory's, and how many do."""
     codes = (getattr(task.get_coro(), "cr_code", None) for task in asyncio.all_tasks())
-    return sum(code is None or "petals_dht" not in Path(code.co_filename).parts for code in codes)
+    return Counter(
+        "another" if code is None else code.co_qualname
+        for code in codes
+        if code is None or "petals_dht" not in Path(code.co_filename).parts
+    )
 
 
 def open_sockets() -> list[int]:
@@ -295,7 +312,7 @@ async def _serve(birth: Birth, folder: Path) -> None:
     def count() -> None:
         connections = (*server._listener._connections, *server._dialer._connections.values())
         streams = sum(connection.num_streams for connection in connections)
-        _tell(_HOLDS, os.getpid(), count_tasks(), streams, len(open_sockets()))
+        _tell(_HOLDS, os.getpid(), name_tasks().total(), streams, len(open_sockets()))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, count)
     try:

@@ -33,6 +33,7 @@ SPANS: Final = ((0, 2), (2, 4), (4, 6))
 NUM_COPIES: Final = 2
 NUM_BLOCKS: Final = SPANS[-1][1]
 _GREEDY: Final[dict[str, Any]] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+_PORTS: Final = itertools.cycle(random.sample(range(20_000, 32_768), 32_768 - 20_000))
 _PATIENCE_S: Final = 0.05
 _STALLS_S: Final = (0.05, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -268,10 +269,16 @@ def _compare(
 
 
 def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
+    """A port for TCP and UDP that stays free until a server binds it, a second later.
+
+    So it is none of those that systems give to whoever connects (32,768 and above).
+    """
+    for port in _PORTS:
+        with contextlib.suppress(OSError), socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
+            for each in (tcp, udp):
+                each.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the ports never end")
 
 
 def format_outcome(outcome: Outcome) -> str:
