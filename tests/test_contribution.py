@@ -11,6 +11,7 @@ import torch
 from petals_client import AutoDistributedModelForCausalLM, ClientOptions
 from petals_client.swarm import Swarm
 from petals_core.announcement import OBSERVED_ID_BYTES
+from petals_core.errors import RemoteFailureError
 from petals_core.identity import Identity
 from petals_server.contribution.weights import weigh
 from petals_server.testing import InProcessSwarm
@@ -55,6 +56,17 @@ def test_receipts_bring_a_weight(
     assert preferring._desk.votes.keys() == beginnings
     assert {beginning for beginning, _ in preferring._describe(1.0, 2.0).observed} == beginnings
 
+    # Who has failed since it was last of use is not asked to sign.
+    stranger = connect(folder, swarm)
+    generate(stranger)
+
+    async def blame(client: Swarm) -> None:
+        client.blame(giving.peer_id, RemoteFailureError("said for the test's sake"))
+
+    stranger.remote_blocks.chain.run(blame)
+    stranger.close()
+    assert [len(server._desk._book.receipts) for server in (giving, preferring)] == [2, 3]
+
     # The same owner's client: it is known by another id than the server, and always by the same.
     for _ in range(2):
         contributor = connect(folder, swarm, identity=giving.config.identity, receipts=tmp_path / "giving.bin")
@@ -68,7 +80,7 @@ def test_receipts_bring_a_weight(
         assert client.contribution.weights[preferring.peer_id] == preferring._desk.weight(client_id)
         assert preferring._desk.weight(client_id) >= weigh(given, taken) > 1.0
         assert giving._desk.weight(client_id) == 1.0  # it prefers nobody
-    assert preferring.ledger.num_peers == 3
+    assert preferring.ledger.num_peers == 4
 
 
 def test_an_identity_is_made_where_there_is_none(tmp_path: Path) -> None:

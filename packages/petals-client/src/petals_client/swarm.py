@@ -21,7 +21,14 @@ from petals_client.routing.explanation import Facts, Route, explain_chain
 from petals_client.routing.health import HealthLedger
 from petals_client.tuning_sessions import TuningSessions
 from petals_core.announcement import SignedAnnouncement
-from petals_core.errors import Disposition, DrainingError, MissingBlocksError, NoPeersError, PetalsError
+from petals_core.errors import (
+    Disposition,
+    DrainingError,
+    MissingBlocksError,
+    NoPeersError,
+    PeerConnectionError,
+    PetalsError,
+)
 from petals_core.identity import Identity, PeerId
 from petals_core.net.dialer import Dialer, PeerConnection
 from petals_core.observation import MAX_EXCUSE, Observations
@@ -82,7 +89,7 @@ class Swarm:
         self._observations = Observations()
         self.contribution = ContributionTab(
             identity,
-            connect=self.connect,
+            connect=self._connect_to_sound,
             observations=self._observations,
             owner=owner,
             receipts=options.receipts,
@@ -276,6 +283,13 @@ class Swarm:
             raise DrainingError("it is about to stop")
         self.measurements.note_round_trip(peer_id, connection.rtt_s)
         return connection
+
+    async def _connect_to_sound(self, signed: SignedAnnouncement) -> PeerConnection:
+        """As ``connect``, for what no silent server is worth being waited for: not to who has failed since it was last
+        of use."""
+        if self.health.num_failures(signed.peer_id):
+            raise PeerConnectionError("it has failed")
+        return await self.connect(signed)
 
     def drop(self, connection: PeerConnection) -> None:
         """Close a connection whose other end has fallen silent; whoever uses it is told at once."""
