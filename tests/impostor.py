@@ -32,6 +32,7 @@ from petals_core.wire.messages import (
     Info,
     InfoRequest,
     Message,
+    NewAttempt,
     OpenSession,
     Progress,
     ProgressRequest,
@@ -152,6 +153,8 @@ class Impostor:
             while True:
                 message = await stream.receive(timeout_s=None)
                 step = message.body
+                if isinstance(step, NewAttempt):
+                    continue
                 assert isinstance(step, Step)
                 session.progress = Progress(attempt=step.attempt or 0, received=step.step)
                 try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from petals_client.lookout import find_slow
+from petals_client.lookout import credible, find_slow
 from petals_core.wire.messages import Progress
 
 
@@ -41,3 +41,19 @@ NOTHING = (None, None)
 )
 def test_who_is_behind(states: Any, handed_on: dict[int, int] | None, source: int, slow: int) -> None:
     assert find_slow(hops(handed_on), progress(*states), source) == slow
+
+
+@pytest.mark.parametrize(
+    ("told", "is_credible"),
+    [
+        (Progress(attempt=1, received=3, computed=2), True),
+        (Progress(attempt=1), True),
+        (Progress(attempt=2, received=3, computed=2), False),  # as if its server before had begun another attempt
+        (Progress(attempt=1, received=4, computed=2), False),  # or had sent it a step that is not there
+        (Progress(attempt=1, received=3, computed=1 << 53), False),
+        (None, False),
+    ],
+)
+def test_what_is_believed_of_progress(told: Progress | None, is_credible: bool) -> None:
+    expected = told if is_credible else Progress(attempt=1)
+    assert credible(told, attempt=1, end=4) == expected

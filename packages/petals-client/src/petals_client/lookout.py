@@ -87,11 +87,8 @@ class Lookout:
         return None
 
     def _of_attempt(self, progress: Sequence[Progress | None]) -> list[Progress]:
-        """What servers have done in the attempt under way: nothing, where they have not heard of it."""
-        attempt = self._session.attempt
-        return [
-            each if each is not None and each.attempt == attempt else Progress(attempt=attempt) for each in progress
-        ]
+        session = self._session
+        return [credible(each, attempt=session.attempt, end=session.next_number) for each in progress]
 
     def _check_ways(self, flight: Flight, progress: Sequence[Progress | None]) -> None:
         """Where a server has computed a part, and the next has not received it for long, the way is stuck."""
@@ -120,6 +117,19 @@ class Lookout:
 def _number(step: int | None) -> int:
     """A step's number, or less than any for none."""
     return -1 if step is None else step
+
+
+def credible(progress: Progress | None, *, attempt: int, end: int) -> Progress:
+    """What a server has done in the attempt under way: nothing, where it has not heard of it.
+
+    Nothing either where it speaks of a step that nobody has sent, with a number of ``end`` or more: whatever came to it
+    from the server before, it was none of ours.
+    """
+    if progress is None or progress.attempt != attempt:
+        return Progress(attempt=attempt)
+    if max(_number(progress.received), _number(progress.computed)) >= end:
+        return Progress(attempt=attempt)
+    return progress
 
 
 def find_slow(hops: Sequence[HopSession], progress: Sequence[Progress], source: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from petals_core.wire.messages import (
     Buffer,
     Failure,
     Message,
+    NewAttempt,
     OpenSession,
     Progress,
     ProgressRequest,
@@ -67,6 +69,8 @@ class HopSession:
         self.stays_until_s = 0.0
         """Before this time nobody is looked for to take the place of this server, though it should be left."""
         self._stream = stream
+        self._attempt = 0
+        """The last one that the server was told of."""
         self._route: Route | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._on_message: OnMessage
@@ -141,7 +145,7 @@ class HopSession:
         is_last: bool,
         timeout_s: float,
     ) -> None:
-        """Tell the server its place in the chain, if it has another one.
+        """Tell the server of the attempt, and its place in the chain, if it has another one.
 
         Raises:
             NextHopError: it can't reach the next one.
@@ -162,10 +166,14 @@ class HopSession:
             route.previous,
             route.next_session,
         ):
+            if attempt != self._attempt:
+                # On the session's own stream: a server that is about to stop takes no others.
+                self._attempt = attempt
+                await self._stream.send(NewAttempt(attempt=attempt), backlog_bytes=BACKLOG_BYTES)
             return
         self._route = None
         await self._ask(dataclasses.replace(route, attempt=attempt), Routed, timeout_s)
-        self._route = route
+        self._route, self._attempt = route, attempt
 
     async def replay(self, *, attempt: int, before: int, passes: int, max_tokens: int, timeout_s: float) -> int | None:
         """Let the server send its kept outputs to the next; returns the number of the last step of these.
@@ -205,6 +213,8 @@ class HopSession:
 
     def _receive(self, event: MessageReceived) -> None:
         if self.error is not None:
+            with contextlib.suppress(PetalsError):
+                self.accept(event)
             return
         try:
             if isinstance(event.message.body, Failure):

@@ -228,9 +228,10 @@ class SwarmSession:
                 raise ProtocolError("the last server of the chain passed states on")
             states = self._read_carried(body, message)
             hop.handed_on = body.step
-            carrying = asyncio.create_task(self._carry(hop, event, index + 1, body, states))
+            # It sends more when the network has taken this.
+            carrying = asyncio.create_task(self.send(index + 1, body, states))
             self._carrying.add(carrying)
-            carrying.add_done_callback(self._carrying.discard)
+            carrying.add_done_callback(lambda task: self._end_carrying(task, hop, event))
             return
         hop.accept(event)
         if not is_for_us or isinstance(body, Step):
@@ -241,9 +242,8 @@ class SwarmSession:
         elif hop is self.hops[-1] and flight is not None:
             self._take(flight, body, message)
 
-    async def _carry(self, hop: HopSession, event: MessageReceived, index: int, step: Step, states: States) -> None:
-        """Send on what a server could not; it sends more when the network has taken this."""
-        await self.send(index, step, states)
+    def _end_carrying(self, task: asyncio.Task[None], hop: HopSession, event: MessageReceived) -> None:
+        self._carrying.discard(task)
         hop.accept(event)
 
     def _read_carried(self, step: Step, message: Message) -> States:

@@ -37,6 +37,7 @@ from petals_core.wire.events import MessageReceived
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
     Message,
+    NewAttempt,
     Progress,
     ProgressRequest,
     Push,
@@ -89,6 +90,8 @@ class RingSession:
         """The client's."""
         self._inbox: deque[_Arrival | tuple[Replay, asyncio.Future[int | None]]] = deque()
         """What is to be done, in order. The wire's credit, which goes back when a message's turn comes, bounds it."""
+        self._early: list[_Arrival] = []
+        """Steps that the server before has sent of an attempt of which the client has not spoken yet."""
         self._waiter: asyncio.Future[None] | None = None
         """Of who does it, while there is nothing to do."""
         self._replays: set[asyncio.Future[int | None]] = set()
@@ -143,6 +146,9 @@ class RingSession:
             for stream in (self._inlet, self._outlet):
                 if stream is not None:
                     stream.cancel()
+            for item in (*self._inbox, *self._early):
+                if isinstance(item, _Arrival):
+                    _accept(item)
 
     def forget_replays(self) -> None:
         """Nobody will do what was asked for: the session is over."""
@@ -151,15 +157,26 @@ class RingSession:
                 future.set_exception(_no_session())
 
     def _note_arrival(self, stream: Stream, event: MessageReceived) -> None:
-        """Put what the client or the server before has sent at the end of the queue."""
+        """Put what the client or the server before has sent at the end of the queue.
+
+        Attempts are the client's: one that it has not named is none, or it is about to, on another connection.
+        """
         self._active_s = time.monotonic()
-        step = event.message.body
-        if isinstance(step, Step):
-            if step.attempt > self._attempt:
-                self._begin_attempt(step.attempt)
-            if step.attempt == self._attempt:
-                self._received = step.step
-        self._put(_Arrival(stream, event, self._active_s))
+        arrival = _Arrival(stream, event, self._active_s)
+        body = event.message.body
+        if isinstance(body, NewAttempt) and stream is self._stream:
+            _accept(arrival)
+            self._begin_attempt(body.attempt)
+            return
+        if isinstance(body, Step):
+            if body.attempt > self._attempt:
+                if stream is not self._stream:
+                    self._early.append(arrival)
+                    return
+                self._begin_attempt(body.attempt)
+            if body.attempt == self._attempt:
+                self._received = body.step
+        self._put(arrival)
 
     def _put(self, item: _Arrival | tuple[Replay, asyncio.Future[int | None]]) -> None:
         self._inbox.append(item)
@@ -200,8 +217,7 @@ class RingSession:
         """The step that has arrived; None if it counts no more, or is something else."""
         stream = arrival.stream
         body = arrival.event.message.body
-        with contextlib.suppress(PetalsError):  # a ``Failure``, which nobody has to send here
-            stream.accept(arrival.event)
+        _accept(arrival)
         if stream is not self._stream and stream is not self._inlet:
             return None
         if isinstance(body, Step):
@@ -364,9 +380,8 @@ class RingSession:
             self._is_last = request.is_last
             previous = None if request.previous is None else PeerId(request.previous)
             if previous != self._previous:
-                if self._inlet is not None:
-                    self._inlet.cancel()
-                self._inlet, self._previous = None, previous
+                self._close_inlet()
+                self._previous = previous
                 self._routed.set()
                 self._routed = asyncio.Event()
             if self._outlet is not None and self._outlet.is_open and self._next_session == request.next_session:
@@ -391,18 +406,30 @@ class RingSession:
                     await self._routed.wait()  # the client has told the server before, and us in a moment
         except TimeoutError:
             raise _no_session() from None
-        if self._inlet is not None:
-            self._inlet.cancel()
+        self._close_inlet()
         self._inlet = stream
         stream.hand_on(functools.partial(self._note_arrival, stream))
         await stream.send(Pushed())
         while True:
             await stream.receive(timeout_s=None)  # its end
 
+    def _close_inlet(self) -> None:
+        """What has come through it, and was not begun, counts no more."""
+        if self._inlet is not None:
+            self._inlet.cancel()
+            self._inlet = None
+        for arrival in self._early:
+            _accept(arrival)
+        self._early.clear()
+
     def _begin_attempt(self, attempt: int) -> None:
+        """The client has named an attempt."""
         if attempt > self._attempt:
             self._attempt = attempt
             self._received = self._computed = None
+            early, self._early = self._early, []
+            for arrival in early:
+                self._note_arrival(arrival.stream, arrival.event)
 
 
 class RingTable:
@@ -466,6 +493,12 @@ class RingTable:
             largest = max(self._sessions.values(), key=lambda each: each.kept.num_bytes)
             self.kept_bytes -= largest.kept.num_bytes
             largest.kept.drop()
+
+
+def _accept(arrival: _Arrival) -> None:
+    """Give back its credit."""
+    with contextlib.suppress(PetalsError):  # a ``Failure``, which nobody has to send here
+        arrival.stream.accept(arrival.event)
 
 
 def _no_session() -> NoSessionError:

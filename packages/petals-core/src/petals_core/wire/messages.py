@@ -148,7 +148,8 @@ class Step:
     position_runs: tuple[tuple[tuple[int, int], ...], ...] | None = ruled(schema.optional(_position_runs), default=None)
     """Per row the position ids of its new tokens as (first, count) runs; None: consecutive from its cached length."""
     attempt: int = ruled(_attempt, default=0)
-    """Counts up whenever the client recovers; a server drops steps of an earlier attempt than it has seen."""
+    """Counts up whenever the client recovers; servers drop steps of an earlier one, and take no later one from others
+    before the client has named it."""
     passes: int | None = ruled(schema.optional(_passes), default=None)
     """To how many more servers it goes before it ends, with a result without states; None: to the chain's end."""
     wanted: int | None = ruled(schema.optional(schema.integer(0, MAX_SESSION_TOKENS)), default=None)
@@ -194,6 +195,13 @@ class Route:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
     """Steps take that way from now on; the next server, if there is one, has been reached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewAttempt:
+    """The client has begun a new attempt, in which the server keeps its place. On the session's stream, no answer."""
+
+    attempt: int = ruled(_attempt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -416,6 +424,7 @@ Body: TypeAlias = (
     | StepResult
     | Route
     | Routed
+    | NewAttempt
     | Replay
     | Replayed
     | ProgressRequest
@@ -442,6 +451,7 @@ _KINDS: dict[str, type[Body]] = {
     "step": StepResult,
     "route?": Route,
     "route": Routed,
+    "attempt": NewAttempt,
     "replay?": Replay,
     "replay": Replayed,
     "progress?": ProgressRequest,
