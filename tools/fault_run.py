@@ -77,6 +77,7 @@ class Result:
     problems: tuple[str, ...]
     """Empty: the tokens are those of the local model, nobody else was blamed, nothing is left."""
     total_s: float
+    """From the opening of its session to the end."""
 
 
 class FaultLab:
@@ -186,7 +187,6 @@ class FaultLab:
 
     def run(self, cell: Cell) -> Result:
         """Generate while a fault strikes, and look at what came of it and what is left."""
-        started_s = time.monotonic()
         struck: list[int] = []
         self._ask(self._forgive)
         self._ask(self._meet)
@@ -200,6 +200,7 @@ class FaultLab:
             def strike() -> None:
                 struck.extend(self._strike(cell, session, releases))
 
+            started_s = time.monotonic()
             length = _PROMPT_TOKENS + 3 * _NUM_TOKENS
             with self._distributed.inference_session(max_length=length) as session:
                 try:
@@ -207,9 +208,9 @@ class FaultLab:
                     problems += self._find_wrong_tokens(given, num_before)
                 except PetalsError as error:
                     problems.append(f"{type(error).__name__}: {error.message}")
+            total_s = time.monotonic() - started_s
         if not struck:
             problems.append("the fault did not strike")
-        total_s = time.monotonic() - started_s
         victims = {self._peer_ids[number] for number in struck}
         problems += self._ask(lambda swarm: self._find_blamed(swarm, victims))
         remains = self._find_remains(struck, before)
