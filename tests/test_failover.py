@@ -108,7 +108,7 @@ def test_only_the_lost_blocks_are_computed_again(new_swarm: Any, checkpoints: An
         swarm.wait_for_sessions(0)
     assert torch.equal(given, local.generate(tokens, max_new_tokens=8, **GREEDY))
     once = tokens.shape[1] + 7
-    computed = [server._handler.served.num_tokens for server in (first, swarm.servers[-1], last)]
+    computed = [server.holding.handler.served.num_tokens for server in (first, swarm.servers[-1], last)]
     assert computed[0] in (once, once + 1), "the step under way is sent again"
     assert computed[1:] == [once, once]
 
@@ -263,7 +263,7 @@ def test_servers_that_can_not_reach_each_other(
     tokens = prompt(2, width=80)
 
     def isolate(server: Any) -> None:
-        swarm.run(server._handler.ring.next_hops.dialer.close())
+        swarm.run(server.holding.handler.ring.next_hops.dialer.close())
 
     isolate(servers[0])
     with connect(folder, swarm) as model, model.inference_session(max_length=100) as session:

@@ -176,7 +176,7 @@ def test_training_steps_are_those_of_peft(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][-1] < 0.9 * losses[0][0]
     (server,) = swarm.servers
-    assert len(server._handler.training.sessions) == 1
+    assert len(server.holding.handler.training.sessions) == 1
     # What was trained also generates, and a session goes on with the values that it began with.
     with model.inference_session(max_length=16):
         tokens = model.generate(inputs[:1], max_new_tokens=2, do_sample=False)
@@ -351,7 +351,7 @@ def test_values_over_a_servers_limits(checkpoints: Callable[[str], Path], new_sw
     with pytest.raises(OverloadedError, match="no memory is left for tuning sessions"):
         models[2](batch(1, 4))
     models[0].close()
-    sessions = swarm.servers[0]._handler.training.sessions
+    sessions = swarm.servers[0].holding.handler.training.sessions
     swarm.run(until(lambda: len(sessions) == 1))  # the server hears of it
     models[2](batch(1, 4))
     assert sessions.num_bytes == 2 * num_bytes

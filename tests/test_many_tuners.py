@@ -109,5 +109,5 @@ def test_tuners_beside_each_other_and_beside_inference(
     assert tokens
     assert all(torch.equal(each, expected) for each in tokens)
     for server in swarm.servers:
-        training = server._handler.training
+        training = server.holding.handler.training
         assert training.graphs.num_bytes <= training.graphs.budget_bytes

@@ -190,7 +190,7 @@ def test_a_server_that_hangs_is_replaced(new_swarm: Any, folder: Path, span: Spa
     rows = rows_of(*(8,) * 16)
     compute(chain, rows)
     entered, release = threading.Event(), threading.Event()
-    holding = swarm.start(hanging._engine.call(lambda: (entered.set(), release.wait())))
+    holding = swarm.start(hanging.holding.engine.call(lambda: (entered.set(), release.wait())))
     try:
         entered.wait()
         swarm.add(folder, 2, 4)

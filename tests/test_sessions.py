@@ -268,7 +268,7 @@ def test_an_interrupt_leaves_nothing(new_swarm: Any, checkpoints: Any, tmp_path:
 
         # While a step waits for an answer.
         entered, release = threading.Event(), threading.Event()
-        holding = swarm.start(swarm.servers[0]._engine.call(lambda: (entered.set(), release.wait())))
+        holding = swarm.start(swarm.servers[0].holding.engine.call(lambda: (entered.set(), release.wait())))
         entered.wait()
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
         timer.start()

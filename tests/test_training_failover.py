@@ -51,7 +51,7 @@ def connect(folder: Path) -> Iterator[Callable[..., RemoteSequential]]:
 
 
 def graphs_of(server: Any) -> GraphStore:
-    store = server._requests.training.graphs
+    store = server.holding.handler.training.graphs
     assert isinstance(store, GraphStore)
     return store
 
@@ -129,7 +129,7 @@ def test_a_server_that_hangs_is_replaced(
     entered, release = threading.Event(), threading.Event()
 
     def hang() -> Any:
-        holding = swarm.start(hanging._engine.call(lambda: (entered.set(), release.wait())))
+        holding = swarm.start(hanging.holding.engine.call(lambda: (entered.set(), release.wait())))
         entered.wait()
         swarm.add(folder, 0, 6)
         blocks.chain.run(lambda known: known.directory.refresh())  # type: ignore[attr-defined]

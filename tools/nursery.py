@@ -310,7 +310,7 @@ async def _serve(birth: Birth, folder: Path) -> None:
     server = await Behind.start(config)
 
     def count() -> None:
-        connections = (*server._listener._connections, *server._dialer._connections.values())
+        connections = (*server._listener._connections, *server.holding._dialer._connections.values())
         streams = sum(connection.num_streams for connection in connections)
         _tell(_HOLDS, os.getpid(), name_tasks().total(), streams, len(open_sockets()))
 

@@ -97,7 +97,7 @@ async def held(server: Server) -> tuple[object, ...]:
         server.num_sessions,
         server.cache_tokens_left,
         server.model.pages.num_held,
-        server._engine.num_queued,
+        server.holding.engine.num_queued,
         server._listener.num_connections,
         server._listener.num_streams,
         len(asyncio.all_tasks()),
@@ -122,7 +122,7 @@ def test_fifty_clients_that_vanish_in_the_middle_of_a_step_leave_nothing(checkpo
                     for each in sessions
                 ]
                 await until(lambda: server.model.pages.num_held > 200)  # some are computed, most of them wait
-                assert server._engine.num_queued > NUM_CLIENTS // 2
+                assert server.holding.engine.num_queued > NUM_CLIENTS // 2
                 for other in clients:
                     other.connection._link.abort()
                 for step in steps:

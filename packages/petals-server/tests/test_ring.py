@@ -233,7 +233,7 @@ def test_a_next_server_that_can_not_be_reached(checkpoint: Path) -> None:
                 await ask(to_first, route(0, next=encoded[:-1], next_session=IDS[1]), Routed)
             await connect(to_first, to_second)
             await second.stream.finish()
-            outlet = to_first.server._handler.ring._sessions[IDS[0]]._outlet
+            outlet = to_first.server.holding.handler.ring._sessions[IDS[0]]._outlet
             assert outlet is not None
             await until(lambda: not outlet.is_open)
             await first.stream.send(*step(0, STATES, 0))
@@ -270,9 +270,9 @@ def test_a_replay_ends_with_its_session(checkpoint: Path) -> None:
     async def run() -> None:
         async with chain(checkpoint) as (to_first, to_second, first, _):
             await connect(to_first, to_second)
-            ring = to_first.server._handler.ring._sessions[IDS[0]]
+            ring = to_first.server.holding.handler.ring._sessions[IDS[0]]
             release = threading.Event()
-            busy = asyncio.create_task(to_first.server._engine.call(release.wait))
+            busy = asyncio.create_task(to_first.server.holding.engine.call(release.wait))
             try:
                 await first.stream.send(*step(0, STATES, 0))
                 request = Replay(session_id=IDS[0], attempt=1, before=1, passes=0, max_tokens=9, deadline_ms=5000)
@@ -295,7 +295,7 @@ def test_a_replay_that_can_not_be_done_ends_the_session(checkpoint: Path) -> Non
     async def run() -> None:
         async with chain(checkpoint) as (to_first, to_second, first, _):
             await connect(to_first, to_second)
-            ring = to_first.server._handler.ring._sessions[IDS[0]]
+            ring = to_first.server.holding.handler.ring._sessions[IDS[0]]
             for number, order in enumerate((None, (7,))):  # there is no row 7
                 kept = StepRequest(keep=3 * number, row_tokens=(3,), row_order=order)
                 ring.kept.append(number, kept, States(spec=encode(STATES)[0], payload=()), 1)
@@ -313,7 +313,7 @@ def test_a_replay_whose_turn_does_not_come_in_time(checkpoint: Path) -> None:
         async with chain(checkpoint) as (to_first, to_second, first, _):
             await connect(to_first, to_second)
             release = threading.Event()
-            busy = asyncio.create_task(to_first.server._engine.call(release.wait))
+            busy = asyncio.create_task(to_first.server.holding.engine.call(release.wait))
             try:
                 await first.stream.send(*step(0, STATES, 0))
                 request = Replay(session_id=IDS[0], attempt=1, before=1, passes=0, max_tokens=9, deadline_ms=1)
@@ -332,7 +332,7 @@ def test_a_replay_whose_turn_does_not_come_in_time(checkpoint: Path) -> None:
 def test_a_public_server_connects_to_no_private_network_for_a_stranger(checkpoint: Path) -> None:
     async def run() -> None:
         async with chain(checkpoint) as (to_first, to_second, _, _):
-            to_first.server._handler.ring.next_hops._is_local = False  # as where its own address is a public one
+            to_first.server.holding.handler.ring.next_hops._is_local = False  # as where its own address is a public one
             with pytest.raises(NextHopError, match="private network"):
                 await ask(to_first, route(0, next=announcement(to_second.server), next_session=IDS[1]), Routed)
             to_second.server.address = replace(to_second.server.address, host="localhost")
@@ -493,7 +493,7 @@ def test_outputs_are_kept_within_a_budget(checkpoint: Path) -> None:
     async def run() -> None:
         async with chain(checkpoint, max_kept_bytes=1000) as (to_first, to_second, first, second):
             await connect(to_first, to_second)
-            ring = to_first.server._handler.ring
+            ring = to_first.server.holding.handler.ring
             for number in range(3):
                 await first.stream.send(*step(number, STATES[:1], number))
                 await second.stream.receive(timeout_s=TIMEOUT_S)

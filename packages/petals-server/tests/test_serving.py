@@ -128,7 +128,7 @@ def test_forward_requests_are_checked(checkpoint: Path) -> None:
                 await client.forward([STATES], fingerprint="0" * 64)
             with pytest.raises(InvalidRequestError, match="hidden states of shape"):
                 await client.forward([STATES], row_tokens=(1, 1))
-            client.server._handler.model = replace(client.server.model, max_scores=8)
+            client.server.holding.handler.model = replace(client.server.model, max_scores=8)
             with pytest.raises(InvalidRequestError, match="row of 3 tokens in one go"):
                 await client.forward([STATES])
             assert (await client.forward([STATES[:2]]))[0].shape == (2, 64)
@@ -198,7 +198,8 @@ def test_a_client_that_goes_wrong_in_the_middle_of_a_step_hurts_nobody(checkpoin
                 step.cancel()
             (again,) = await session.step([STATES], keep=0)
             assert torch.equal(before, again)
-            assert (server.num_sessions, server.cache_tokens_left, server._engine.num_queued) == (1, 1000 - 16, 0)
+            assert (server.num_sessions, server.cache_tokens_left) == (1, 1000 - 16)
+            assert server.holding.engine.num_queued == 0
 
     run_clean(run())
 
@@ -232,7 +233,7 @@ class Blocker:
 
     def __init__(self, client: Client) -> None:
         self._released = threading.Event()
-        self._engine = client.server._engine
+        self._engine = client.server.holding.engine
         self._entered = threading.Event()
         self._call = asyncio.ensure_future(self._engine.call(self._block))
 
@@ -287,7 +288,7 @@ def test_cancelled_work_is_skipped(checkpoint: Path) -> None:
     async def run() -> None:
         async with served(checkpoint) as client:
             session, other = await client.open(), await client.open()
-            engine = client.server._engine
+            engine = client.server.holding.engine
             async with Blocker(client) as blocker:
                 step = asyncio.ensure_future(session.step([STATES]))
                 await blocker.until_queued(1)
@@ -305,7 +306,7 @@ def test_a_step_that_fails_half_way_ends_its_session_alone(checkpoint: Path) -> 
     async def run() -> None:
         async with served(checkpoint, limits=ServerLimits(max_turn_tokens=1)) as client:
             session, other = await client.open(max_length=500), await client.open()
-            engine = client.server._engine
+            engine = client.server.holding.engine
             step = asyncio.ensure_future(session.step([random_states(1, 400)[0]], deadline_ms=1000))
             await until(lambda: engine.num_queued == 1)
             # Behind so many urgent calls the step has had its first turn, of 400.

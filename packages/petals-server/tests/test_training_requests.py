@@ -124,7 +124,7 @@ def test_backward_without_forward_and_of_others(checkpoint: Path) -> None:
                 await request(other, Backward, [GRADIENT], graph_id=GRAPH)
             with pytest.raises(InvalidRequestError, match="of another forward"):
                 await request(client, Backward, [GRADIENT], graph_id=GRAPH, row_tokens=(2, 4))
-            graphs = client.server._handler.training.graphs
+            graphs = client.server.holding.handler.training.graphs
             assert (len(graphs), graphs.num_bytes) == (0, 0)
             await assert_trains(client)
 
@@ -177,7 +177,7 @@ def count_values(client: Client) -> int:
 def test_values_are_their_senders_and_last_as_long_as_their_stream(checkpoint: Path) -> None:
     async def run() -> None:
         async with served(checkpoint) as client, connected(client.server) as other:
-            sessions = client.server._handler.training.sessions
+            sessions = client.server.holding.handler.training.sessions
             values = torch.randn(count_values(client)) * 0.1
             tuning = Tuning(client)
             await tuning.open(values)
@@ -235,7 +235,7 @@ def test_tuning_sessions_that_do_not_fit(
         async with served(checkpoint, limits=limits) as client:
             with pytest.raises(error, match=text):
                 await Tuning(client).open(torch.zeros(count_values(client) + size), **changes)
-            sessions = client.server._handler.training.sessions
+            sessions = client.server.holding.handler.training.sessions
             assert (len(sessions), sessions.num_bytes) == (0, 0)
             await Tuning(client).open(torch.zeros(count_values(client)))
 

@@ -9,18 +9,16 @@ import os
 import random
 import time
 from contextlib import AsyncExitStack
-from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from petals_core.addresses import Address
 from petals_core.announcement import Announcement
-from petals_core.errors import DrainingError, OverloadedError, PetalsError
+from petals_core.errors import PetalsError
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_NAME_CHARS, MAX_OBSERVED
 from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
-from petals_core.net.stream import Stream
 from petals_core.wire.throttle import Throttle
 from petals_dht.directory import Directory
 from petals_dht.shards import ENOUGH_SERVERS
@@ -32,27 +30,22 @@ from petals_server.comfort.meter import make_meter
 from petals_server.config import PlacementTiming, ServerConfig
 from petals_server.contribution.book import ReceiptBook
 from petals_server.contribution.desk import ContributionDesk
-from petals_server.engine import Engine
 from petals_server.entrance import choose_host, open_entrance
 from petals_server.first_span import first_span
+from petals_server.holding import VERSION, Holding
 from petals_server.neighbours import Neighbours
 from petals_server.placement.moves import Move, MoveCost, MoveRules
 from petals_server.placement.observation import Votes, lower_votes
 from petals_server.placement.offers import Ability
-from petals_server.speed import Speed, Speedometer
 from petals_server.status import ServerRecord
 
 if TYPE_CHECKING:
     from petals_core.models.hashes import ProgressCallback
-    from petals_server.handlers import RequestHandler
-    from petals_server.loading import OpenedModel, ServedModel
+    from petals_server.loading import ServedModel
 
 log = logging.getLogger(__name__)
 
-VERSION: Final = version("petals-server")
 DRAIN_TIMEOUT_S: Final = 10.0
-_LOADING_RETRY_S: Final = 1.0
-_PAUSE_GRACE_S: Final = 5.0
 _RELOAD_RETRY_S: Final = 30.0
 
 
@@ -72,30 +65,20 @@ class Server:
         self._directory: Directory
         self._listener: Listener
         self._identity: Identity
-        self._engine: Engine
+        self.holding: Holding
+        """The blocks."""
         self._desk: ContributionDesk
-        self._dialer: Dialer
         self._throttle: Throttle | None
         self._announcer: Announcer | None = None
-        self._speedometer: Speedometer
         self._neighbours: Neighbours | None = None
-        self._requests: RequestHandler | None = None
         self._balancer: Balancer | None = None
         self._guest: Guest | None = None
-        self._opened: OpenedModel
-        self._span = (0, 0)
-        """The blocks that are served, or being loaded."""
-        self._is_moving = False
-        self._load_s = 0.0
-        """How long the blocks took to load, downloading and measuring included."""
         self.ledger = ServedLedger()
         """What was computed, and for whom."""
         self.num_moves = 0
         self.pause_reason = ""
         """Why it takes no work though it could; empty: it does."""
         self._started_at_s = time.time()
-        self._streams: set[asyncio.Task[None]] = set()
-        """Handlers of streams."""
 
     @classmethod
     async def start(cls, config: ServerConfig, progress: ProgressCallback | None = None) -> Self:
@@ -133,27 +116,28 @@ class Server:
     @property
     def model(self) -> ServedModel:
         """What is served."""
-        return self._handler.model
+        return self.holding.handler.model
 
     @property
     def num_sessions(self) -> int:
         """Open sessions."""
-        return 0 if self._requests is None else len(self._requests.sessions)
+        requests = self.holding.requests
+        return 0 if requests is None else len(requests.sessions)
 
     @property
     def span(self) -> tuple[int, int]:
         """The blocks that are served, or loaded: first, and one past the last."""
-        return self._span
+        return self.holding.span
 
     @property
     def is_online(self) -> bool:
         """Whether it takes work."""
-        return self._requests is not None and self._requests.state == "online"
+        return self.holding.is_online
 
     @property
     def cache_tokens_left(self) -> int:
         """Tokens of attention cache that no session has reserved."""
-        return self._handler.sessions.cache_tokens_left
+        return self.holding.handler.sessions.cache_tokens_left
 
     async def stop(self, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> None:
         """Take no new work, let what is open end within ``drain_timeout_s``, withdraw, and free everything.
@@ -163,10 +147,9 @@ class Server:
         for task in (self._balancer, self._guest):
             if task is not None:
                 await task.close()
-        if self._requests is not None and self._requests.state == "online":
-            self._requests.state = "draining"
-            self._requests.training.sessions.close()
-            if drain_timeout_s > 0 and self._announcer is not None and self._requests.num_requests:
+        if self.holding.is_online:
+            self.holding.drain()
+            if drain_timeout_s > 0 and self._announcer is not None and self.holding.handler.num_requests:
                 try:
                     async with asyncio.timeout(drain_timeout_s):
                         await self._announcer.announce()
@@ -188,18 +171,18 @@ class Server:
         self._desk = ContributionDesk(
             self._identity, self.ledger, ReceiptBook(config.receipts), prefers=config.prefer_contributors
         )
-        self._engine = Engine(config.limits, weight=self._desk.weight)
-        self._resources.push_async_callback(lambda: self._engine.close())  # the one of then: a move makes another
         self._throttle = None if config.max_upload_bytes_per_s is None else Throttle(config.max_upload_bytes_per_s)
-        self._dialer = Dialer(
+        dialer = Dialer(
             identity=self._identity,
             swarm_key=config.swarm_key,
             compression=config.compression,
             throttle=self._throttle,
         )
-        self._resources.push_async_callback(self._dialer.close)
+        self.holding = Holding(config, dialer=dialer, ledger=self.ledger, desk=self._desk)
+        self._resources.push_async_callback(self.holding.close)
+        self._resources.push_async_callback(dialer.close)
         await self._join(host)
-        self._opened = await self._engine.call(lambda: _open_model(config, self._progress))
+        await self.holding.open(self.address, self._progress)
         self._announcer = Announcer(
             self._directory,
             self._identity,
@@ -209,52 +192,28 @@ class Server:
             rng=random.Random(),
         )
         self._resources.push_async_callback(self._announcer.stop)
-        self._span = await self._choose_blocks()
+        self.holding.span = await self._choose_blocks()
         if self._balancer is not None and config.initial_peers:
             await self._announcer.start()  # so that others that start see which blocks are taken
-        await self._load(*self._span)
+        await self.holding.load(*self.holding.span)
         await self._announce()
-
-    async def _load(self, start: int, end: int) -> None:
-        """Load blocks and be ready to answer; the engine has no model yet."""
-        config, opened = self.config, self._opened
-        started_s = asyncio.get_running_loop().time()
-        log.info("loading blocks %d:%d of %d", start, end, opened.num_blocks)
-        model = await self._engine.call(lambda: _load_model(opened, start, end, config))
-        from petals_server.assembly import assemble_handler, measured_speed
-        from petals_server.handlers import ServerFacts
-
-        self._speedometer = Speedometer(measured_speed(model), now_s=time.monotonic())
-        self._requests = assemble_handler(
-            model,
-            config=config,
-            engine=self._engine,
-            dialer=self._dialer,
-            facts=ServerFacts(version=VERSION, public_name=config.public_name),
-            ledger=self.ledger,
-            desk=self._desk,
-            is_local=self.address.ip is None or not self.address.ip.is_global,
-        )
-        if self.pause_reason:
-            self._requests.state = "draining"
-        self._load_s = asyncio.get_running_loop().time() - started_s
 
     async def _announce(self) -> None:
         """Tell the swarm, and do all that goes on in the background."""
         assert self._announcer is not None
         self._neighbours = Neighbours(
-            lambda: self._directory.find_servers(self._opened.fingerprint, wanted=ENOUGH_SERVERS),
+            lambda: self._directory.find_servers(self.holding.opened.fingerprint, wanted=ENOUGH_SERVERS),
             identity=self._identity,
             swarm_key=self.config.swarm_key,
-            start=self._span[0],
-            end=self._span[1],
+            start=self.span[0],
+            end=self.span[1],
             hidden_size=self.model.span.hidden_size,
             rng=random.Random(),
         )
         self._resources.push_async_callback(self._neighbours.close)
         await self._announcer.start()
         self._neighbours.start(self._announcer.announce)
-        device = str(self._opened.device) if self.config.pause_when_busy else None
+        device = str(self.holding.opened.device) if self.config.pause_when_busy else None
         self._guest = Guest(self, schedule=self.config.schedule, meter=None if device is None else make_meter(device))
         self._resources.push_async_callback(self._guest.close)
         self._guest.start()
@@ -270,14 +229,14 @@ class Server:
             host,
             identity=self._identity,
             throttle=self._throttle,
-            handler=self._serve,
+            handler=self.holding.serve,
             resources=self._resources,
         )
         self._directory, self._listener, self.address = entrance.directory, entrance.listener, entrance.address
 
     async def _choose_blocks(self) -> tuple[int, int]:
         """Where to start: as told, or where the swarm needs it."""
-        config, opened = self.config, self._opened
+        config, opened = self.config, self.holding.opened
         start, end = first_span(config, opened)
         num_blocks = end - start
         if config.blocks is not None or num_blocks == opened.num_blocks:
@@ -296,7 +255,7 @@ class Server:
         view = await self._balancer.look()
         ability = self._ability(num_blocks, view.typical_tokens_per_s * num_blocks)
         window = view.coverage.choose_window(ability.offers)
-        self._span = (window.start, window.end)
+        self.holding.span = (window.start, window.end)
         if config.initial_peers:
             window = await self._balancer.settle_start(view, window, ability)
         return window.start, window.end
@@ -318,7 +277,7 @@ class Server:
     def cost(self) -> MoveCost:
         """What a move to other blocks takes."""
         timing = self.config.placement or PlacementTiming()
-        return MoveCost(fixed_s=timing.drain_s / 2, new_block_s=self._load_s / (self._span[1] - self._span[0]))
+        return MoveCost(fixed_s=timing.drain_s / 2, new_block_s=self.holding.load_s / (self.span[1] - self.span[0]))
 
     def votes(self) -> Votes:
         """What clients observed of other servers, and what was timed of those that may come next."""
@@ -327,65 +286,48 @@ class Server:
 
     async def move(self, move: Move) -> None:
         """Hold other blocks: drain, unload, load, announce. Where they can't be loaded, hold the old ones again."""
-        assert self._requests is not None
         assert self._balancer is not None
-        timing, before = self.config.placement or PlacementTiming(), self._span
-        self._requests.state = "draining"
-        self._requests.training.sessions.close()
-        self._is_moving = True
+        timing, before = self.config.placement or PlacementTiming(), self.span
+        self.holding.leave()
         await self.announce(timeout_s=timing.settle_s)
-        await self._end_streams(timing.repair_drain_s if move.is_repair else timing.drain_s)
-        self._requests = None
-        self._span = (move.start, move.end)
-        while self._requests is None:
-            await self._engine.close()
-            self._engine = Engine(self.config.limits, weight=self._desk.weight)
+        await self.holding.end_streams(timing.repair_drain_s if move.is_repair else timing.drain_s)
+        span = (move.start, move.end)
+        while True:
             try:
-                await self._load(*self._span)
+                await self.holding.replace(*span)
+                break
             except PetalsError as error:
-                log.error("could not load blocks %d:%d, going back: %s", *self._span, error)
-                await asyncio.sleep(0 if self._span != before else _RELOAD_RETRY_S)
-                self._span, self._balancer.intent = before, None
+                log.error("could not load blocks %d:%d, going back: %s", *span, error)
+                await asyncio.sleep(0 if span != before else _RELOAD_RETRY_S)
+                span, self._balancer.intent = before, None
         assert self._neighbours is not None
-        self._neighbours.hold(*self._span)
-        self._is_moving = False
+        self._neighbours.hold(*span)
         self.num_moves += 1
         self._balancer.intent = None
         self._hold()
         await self.announce()
-        log.info("serving blocks %d:%d now", *self._span)
-
-    async def _end_streams(self, grace_s: float) -> None:
-        """Let what is open end; then the rest is told to go elsewhere."""
-        if self._streams:
-            await asyncio.wait(self._streams, timeout=grace_s)
-        for task in self._streams:
-            task.cancel()
-        if self._streams:
-            await asyncio.wait(self._streams)
+        log.info("serving blocks %d:%d now", *span)
 
     def _hold(self) -> None:
         """Tell the balancer what is held."""
         assert self._balancer is not None
-        rate, length = self._observe_speed().decode_tokens_per_s, self._span[1] - self._span[0]
-        most = self.config.num_blocks or max(length, min(self._opened.num_blocks, self._opened.num_blocks_that_fit))
-        self._balancer.hold(*self._span, rate, self._ability(most, rate * length))
+        opened, (start, end) = self.holding.opened, self.holding.span
+        rate, length = self.holding.observe_speed().decode_tokens_per_s, end - start
+        most = self.config.num_blocks or max(length, min(opened.num_blocks, opened.num_blocks_that_fit))
+        self._balancer.hold(start, end, rate, self._ability(most, rate * length))
 
     # --- pausing ------------------------------------------------------------------------------------------------------
 
     async def pause(self, reason: str) -> None:
         """Take no work, and let what is open end soon, until ``resume``; the blocks stay loaded."""
         self.pause_reason = reason
-        if self._requests is not None and not self._is_moving:
-            self._requests.state = "draining"
-            await self._end_streams(_PAUSE_GRACE_S)
+        await self.holding.pause()
         await self.announce()
 
     async def resume(self) -> None:
         """Take work again."""
         self.pause_reason = ""
-        if self._requests is not None and not self._is_moving:
-            self._requests.state = "online"
+        self.holding.resume()
         await self.announce()
 
     def served(self) -> Served:
@@ -400,17 +342,17 @@ class Server:
 
     def record(self) -> ServerRecord:
         """How it is, for ``petals-server status``."""
-        requests, ledger = self._requests, self.ledger
-        state = "moving" if self._is_moving else "loading" if requests is None else requests.state
+        requests, opened, ledger = self.holding.requests, self.holding.opened, self.ledger
+        state = "moving" if self.holding.is_moving else "loading" if requests is None else requests.state
         return ServerRecord(
             peer_id=str(self.peer_id),
             port=self._listener.port,
             address=str(self.address),
             pid=os.getpid(),
-            model_name=_printable(self._opened.checkpoint.name),
-            start=self._span[0],
-            end=self._span[1],
-            num_blocks=self._opened.num_blocks,
+            model_name=_printable(opened.checkpoint.name),
+            start=self.span[0],
+            end=self.span[1],
+            num_blocks=opened.num_blocks,
             state="paused" if self.pause_reason else state,
             pause_reason=self.pause_reason,
             started_at_s=self._started_at_s,
@@ -425,54 +367,28 @@ class Server:
             cache_tokens_left=0 if requests is None else max(0, requests.sessions.cache_tokens_left),
         )
 
-    # --- serving ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _handler(self) -> RequestHandler:
-        assert self._requests is not None, "the server is not started"
-        return self._requests
-
-    async def _serve(self, stream: Stream) -> None:
-        requests = self._requests
-        if self._is_moving and (requests is None or requests.state != "online"):
-            raise DrainingError("the server is moving to other blocks")
-        if requests is None:
-            raise OverloadedError("the server is still loading its blocks", retry_after_s=_LOADING_RETRY_S)
-        task = asyncio.current_task()
-        assert task is not None
-        self._streams.add(task)
-        try:
-            await requests(stream)
-        finally:
-            self._streams.discard(task)
-
-    def _observe_speed(self) -> Speed:
-        pace = self._engine.pace
-        observed = Speed(decode_tokens_per_s=pace.decode_tokens_per_s, forward_tokens_per_s=pace.bulk_tokens_per_s)
-        return self._speedometer.observe(observed, now_s=time.monotonic())
-
     def _describe(self, now_s: float, expires_at_s: float) -> Announcement:
-        opened, requests = self._opened, self._requests
+        opened, requests = self.holding.opened, self.holding.requests
         intent = None if self._balancer is None else self._balancer.intent
         facts: dict[str, Any] = {}
         if requests is None:
-            facts["state"] = "draining" if self._is_moving else "joining"
+            facts["state"] = "draining" if self.holding.is_moving else "joining"
         else:
-            info, speed = requests.info(), self._observe_speed()
+            info, speed = requests.info(), self.holding.observe_speed()
             facts = {
                 "state": info.state,
                 "inference_tokens_per_s": speed.decode_tokens_per_s,
                 "forward_tokens_per_s": speed.forward_tokens_per_s,
                 "cache_tokens_left": info.cache_tokens_left,
                 "adapters": tuple(requests.model.adapters),
-                "load": float(self._engine.num_queued),
+                "load": float(self.holding.engine.num_queued),
             }
         return Announcement(
             model_name=_printable(opened.checkpoint.name),
             fingerprint=opened.fingerprint,
             num_blocks=opened.num_blocks,
-            start=self._span[0],
-            end=self._span[1],
+            start=self.span[0],
+            end=self.span[1],
             addresses=(self.address,),
             torch_dtype=str(opened.dtype).removeprefix("torch."),
             quantization=opened.quantization,
@@ -489,21 +405,6 @@ class Server:
             intent_at_s=None if intent is None else intent.issued_at_s,
             **facts,
         )
-
-
-# Importing torch and Transformers takes seconds, so it happens in the device's thread, inside of these two.
-
-
-def _open_model(config: ServerConfig, progress: ProgressCallback | None) -> OpenedModel:
-    from petals_server.loading import open_model
-
-    return open_model(config, progress)
-
-
-def _load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) -> ServedModel:
-    from petals_server.loading import load_model
-
-    return load_model(opened, start, end, config)
 
 
 def _printable(name: str) -> str:
