@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
+from typing import Annotated, Final, NoReturn, cast
 
 # Waiting OpenMP threads sleep instead of spinning: three servers on two cores otherwise spend three times as long on a
 # step as they compute. Must be set before torch is imported.
@@ -21,26 +17,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError
 from petals_core.identity import Identity, receipts_path
 from petals_core.swarm_key import SwarmKey
-from petals_core.terminal import EXIT_INTERRUPTED, parse_connectable_addresses, run_app, stderr_console
+from petals_core.terminal import parse_connectable_addresses, run_app
 from petals_core.wire.compression import Mode
 from petals_server.comfort.schedule import Schedule
 from petals_server.config import PlacementTiming, ServerConfig, ServerLimits, parse_blocks, parse_rate, parse_size
+from petals_server.earlier_options import normalize_arguments
 
-if TYPE_CHECKING:
-    from petals_server.server import Server
-
-log = logging.getLogger("petals_server")
-
-_EARLIER_NAMES: Final = {
-    "--block-indices": "--blocks",
-    "--identity-path": "--identity",
-    "--public-ip": "--announce-host",
-}
-_RECORD_INTERVAL_S: Final = 5.0
 _SWITCH_INTERVAL_S: Final = 0.0005
 """The event loop gets the interpreter from the device's thread after this long; Python's default is ten times that."""
 
@@ -247,8 +232,9 @@ def serve(
     _set_up_logging(verbose=verbose)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     from petals_core.net.loop import run
+    from petals_server.process import serve_until_told
 
-    run(_serve(config))
+    run(serve_until_told(config))
 
 
 @app.command()
@@ -272,117 +258,6 @@ def status(
             typer.echo(line)
 
 
-async def _write_down(server: Server) -> None:
-    """Write down how the server is, again and again; cancel it at the end."""
-    from petals_server.status import remove_record, save_record
-
-    path = None
-    try:
-        while True:
-            path = save_record(server.record())
-            await asyncio.sleep(_RECORD_INTERVAL_S)
-    finally:
-        remove_record(path)
-
-
-async def _serve(config: ServerConfig) -> None:
-    """Serve until a signal comes."""
-    from petals_server.server import DRAIN_TIMEOUT_S, Server
-
-    wants_stop = asyncio.Event()
-    display = _LoadingDisplay()
-    is_ready = False
-
-    def on_signal() -> None:
-        if wants_stop.is_set() or not is_ready:
-            # While it loads there is nothing to withdraw, and no way to interrupt the thread that does it.
-            display.close()
-            os._exit(EXIT_INTERRUPTED)
-        wants_stop.set()
-
-    log.info("note: a server can read whatever passes through it, and so can everybody who runs one")
-    with _signals_go_to(on_signal):
-        with display:
-            server = await Server.start(config, display.report)
-        is_ready = True
-        writer = asyncio.create_task(_write_down(server), name="petals status")
-        span = server.model.span
-        print(
-            f"serving {server.model.name} blocks {span.start}:{span.end} · join with --initial-peers {server.address}",
-            flush=True,
-        )
-        await wants_stop.wait()
-        log.info(
-            "leaving the swarm; %d open session(s) may end within %.0f s; Ctrl-C again leaves at once",
-            server.num_sessions,
-            DRAIN_TIMEOUT_S,
-        )
-        await server.stop(DRAIN_TIMEOUT_S)
-        writer.cancel()
-        await asyncio.wait([writer])
-
-
-@contextlib.contextmanager
-def _signals_go_to(handler: Callable[[], None]) -> Iterator[None]:
-    """Call ``handler`` in the event loop on Ctrl-C and SIGTERM; afterwards signals do what they did before."""
-    loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        try:
-            loop.add_signal_handler(number, handler)
-        except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
-    try:
-        yield
-    finally:
-        for number, action in before.items():
-            with contextlib.suppress(NotImplementedError):
-                loop.remove_signal_handler(number)
-            signal.signal(number, action)
-
-
-class _LoadingDisplay:
-    """Progress of reading weights: a bar on a terminal, a line every now and then elsewhere."""
-
-    _LINE_INTERVAL_S: Final = 15.0
-
-    def __init__(self) -> None:
-        self._last_line_s: float | None = None
-        console = stderr_console()
-        self._progress = None
-        if console.is_terminal:
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=console, transient=True)
-            self._task = self._progress.add_task("opening", total=None)
-
-    def __enter__(self) -> _LoadingDisplay:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar away and give the cursor back."""
-        if self._progress is not None:
-            self._progress.stop()
-
-    def report(self, what: str, num_bytes_done: int, num_bytes: int) -> None:
-        """Called in the device's thread."""
-        if self._progress is not None:
-            self._progress.update(self._task, description=what.split()[0], completed=num_bytes_done, total=num_bytes)
-            return
-        now_s = time.monotonic()
-        if self._last_line_s is None:
-            self._last_line_s = now_s
-        elif now_s - self._last_line_s >= self._LINE_INTERVAL_S:
-            self._last_line_s = now_s
-            log.info("%s: %d of %d MiB", what.split()[0], num_bytes_done >> 20, num_bytes >> 20)
-
-
 def _set_up_logging(*, verbose: bool) -> None:
     logging.basicConfig(
         stream=sys.stderr,
@@ -396,45 +271,6 @@ def _set_up_logging(*, verbose: bool) -> None:
 
 def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or Path(model).is_dir()
-
-
-def normalize_arguments(arguments: Sequence[str]) -> list[str]:
-    """Accept options as earlier versions of Petals spelled them.
-
-    Underscores in names of options count as hyphens, some options have other names now, and ``--initial_peers`` and
-    ``--adapters`` may be followed by several values.
-    """
-    result: list[str] = []
-    takes_peers = takes_adapters = False
-    for position, argument in enumerate(arguments):
-        if argument == "--":
-            return result + list(arguments[position:])
-        if argument.startswith("--"):
-            name, separator, value = argument.partition("=")
-            name = name.replace("_", "-")
-            name = _EARLIER_NAMES.get(name, name)
-            result.append(name + separator + value)
-            takes_peers = name == "--initial-peers"
-            takes_adapters = name == "--adapters"
-            is_first = not separator
-        elif takes_peers and (is_first or _is_address(argument)):
-            result += [argument] if is_first else ["--initial-peers", argument]
-            is_first = False
-        elif takes_adapters and not argument.startswith("-"):
-            result += [argument] if is_first else ["--adapters", argument]
-            is_first = False
-        else:
-            takes_peers = takes_adapters = False
-            result.append(argument)
-    return result
-
-
-def _is_address(text: str) -> bool:
-    try:
-        Address.parse(text)
-    except ConfigurationError:
-        return False
-    return True
 
 
 def main() -> NoReturn:
