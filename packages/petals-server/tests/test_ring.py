@@ -365,7 +365,7 @@ def test_steps_of_an_attempt_wait_until_the_client_has_named_it(checkpoint: Path
     async def run() -> None:
         async with chain(checkpoint) as (to_first, to_second, first, second):
             await connect(to_first, to_second)
-            ring = to_second.server._handler.ring._sessions[IDS[1]]
+            ring = to_second.server.holding.handler.ring._sessions[IDS[1]]
             for number, attempt in ((0, 1), (1, 1), (2, 2)):
                 await first.stream.send(*step(number, STATES, 3 * number, attempt=attempt))
                 await until(lambda count=number: len(ring._early) > count)  # type: ignore[misc]
@@ -393,7 +393,7 @@ def test_who_pushes_can_not_begin_an_attempt(checkpoint: Path) -> None:
                 stream = connection.open_stream(Priority.DECODE)
                 await stream.send(Push(session_id=IDS[1]))
                 await stream.receive(timeout_s=TIMEOUT_S)
-                ring = to_second.server._handler.ring._sessions[IDS[1]]
+                ring = to_second.server.holding.handler.ring._sessions[IDS[1]]
                 await stream.send(*step(0, STATES, 0, attempt=1 << 32))
                 await until(lambda: bool(ring._early))
                 await ask(to_second, route(1, attempt=1, is_last=True), Routed)
@@ -422,8 +422,8 @@ def test_what_a_session_has_not_begun_at_its_end_costs_its_senders_no_credit(che
         async with chain(checkpoint) as (to_first, to_second, first, second):
             await connect(to_first, to_second)
             release = threading.Event()
-            busy = asyncio.create_task(to_second.server._engine.call(release.wait))
-            ring = to_second.server._handler.ring._sessions[IDS[1]]
+            busy = asyncio.create_task(to_second.server.holding.engine.call(release.wait))
+            ring = to_second.server.holding.handler.ring._sessions[IDS[1]]
             try:
                 await second.stream.send(*step(0, STATES, 0))  # with which the session is busy
                 await until(lambda: ring._received is not None and not ring._inbox)
@@ -437,7 +437,7 @@ def test_what_a_session_has_not_begun_at_its_end_costs_its_senders_no_credit(che
             finally:
                 release.set()
             await busy
-            await until(lambda: not to_second.server._handler.ring._sessions)
+            await until(lambda: not to_second.server.holding.handler.ring._sessions)
             connections = to_second.server._listener._connections
             assert len(connections) == 2
             for connection in connections:
