@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from petals_core.errors import ConfigurationError, PetalsError
-from petals_core.terminal import parse_connectable_addresses, run_app, stderr_console
+from petals_core.terminal import HELP_WIDTH, parse_connectable_addresses, run_app, stderr_console
 
 if TYPE_CHECKING:
     from petals_client.client import Client
@@ -22,55 +22,123 @@ _TIMES: Final = frozenset({"software", "compute", "penalty", "chance"})
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": HELP_WIDTH},
     help="Use a language model that a swarm of servers runs.",
 )
 
-Model = Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Folder of a checkpoint, or its name on the Hugging Face hub.", show_default=False
+    ),
+]
 InitialPeers = Annotated[
     list[str],
-    typer.Option("--initial-peers", help="HOST:PORT of a peer of the swarm; may be repeated.", show_default=False),
+    typer.Option(
+        "--initial-peers",
+        metavar="HOST:PORT",
+        help="A peer of the swarm, by which it is found; may be repeated.",
+        show_default=False,
+    ),
 ]
 IdentityFile = Annotated[
     Path | None,
     typer.Option(
-        "--identity", help="A key: of a server of yours, whose work for others then counts.", show_default=False
+        "--identity",
+        metavar="FILE",
+        help="Key of a server of yours, whose work for others then counts for you.",
+        show_default=False,
     ),
 ]
-SwarmKeyFile = Annotated[Path | None, typer.Option(help="Key of a private swarm.", show_default=False)]
-TorchDtype = Annotated[str, typer.Option(help="What this client computes in; auto: as the checkpoint is stored.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of a model on the hub.", show_default=False)]
-MaxNewTokens = Annotated[int, typer.Option(help="How many tokens to generate at most.")]
-Temperature = Annotated[
-    float | None, typer.Option(help="Above 0 to sample; by default the likeliest token is taken.", show_default=False)
+SwarmKeyFile = Annotated[
+    Path | None, typer.Option("--swarm-key-file", metavar="FILE", help="Key of a private swarm.", show_default=False)
 ]
-TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this share.", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", show_default=False)]
+TorchDtype = Annotated[
+    str,
+    typer.Option(
+        "--torch-dtype",
+        metavar="DTYPE",
+        help="What this client computes in: auto (as stored), float32, bfloat16 or float16.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.", show_default=False),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="How many tokens to generate at most.")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        metavar="NUMBER",
+        help="Above 0 to sample; by default the likeliest token is taken.",
+        show_default=False,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="SHARE",
+        help="Sample from the likeliest tokens, which together have this share, for example 0.9.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Make sampling repeatable.", show_default=False)]
 AllowedServers = Annotated[
     list[str] | None,
     typer.Option(
-        "--allowed-servers", help="Peer id of a server that may be used; may be repeated. [default: any]", metavar="ID"
+        "--allowed-servers", help="Peer id of a server that may be used; may be repeated [any].", metavar="ID"
     ),
 ]
 BlockedServers = Annotated[
     list[str] | None,
     typer.Option("--blocked-servers", help="Peer id of a server never to use; may be repeated.", metavar="ID"),
 ]
-Speculation = Annotated[str, typer.Option(help="Where drafts come from: auto, lookup, draft or off.")]
+Speculation = Annotated[
+    str,
+    typer.Option(
+        "--speculation",
+        metavar="SOURCE",
+        help="Where drafts of several tokens come from, which servers check in one trip: lookup (the text itself), "
+        "draft (--draft-model), auto or off.",
+    ),
+]
 DraftModel = Annotated[
-    str | None, typer.Option(help="A small model with the same tokenizer that drafts here.", show_default=False)
+    str | None,
+    typer.Option(
+        "--draft-model",
+        metavar="MODEL",
+        help="A small model with the same tokenizer, which drafts on this machine.",
+        show_default=False,
+    ),
 ]
 ActiveAdapter = Annotated[
-    str | None, typer.Option(help="A LoRA adapter that servers have loaded, by its name.", show_default=False)
+    str | None,
+    typer.Option(
+        "--active-adapter",
+        metavar="NAME",
+        help="A LoRA adapter that servers have loaded, by its name.",
+        show_default=False,
+    ),
 ]
-Compression = Annotated[str, typer.Option(help="Of what is sent: auto (where it arrives earlier), none or zstd.")]
+Compression = Annotated[
+    str,
+    typer.Option(
+        "--compression", metavar="WHEN", help="Of what is sent: auto (where it arrives earlier), none or zstd."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what happens, and tracebacks.")]
 
 
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.", show_default=False)],
     initial_peers: InitialPeers,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = None,
@@ -116,7 +184,9 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
-    max_length: Annotated[int, typer.Option(help="Tokens that the conversation may have.")] = 4096,
+    max_length: Annotated[
+        int, typer.Option("--max-length", metavar="N", help="Tokens that a conversation may have.")
+    ] = 4096,
     speculation: Speculation = "auto",
     draft_model: DraftModel = None,
     active_adapter: ActiveAdapter = None,
@@ -189,7 +259,7 @@ def route(
     blocked_servers: BlockedServers = None,
     verbose: Verbose = False,
 ) -> None:
-    """Show the chain that a session would use, what each of its edges costs, and why other servers lost."""
+    """Show the chain that a session would use, what its edges cost, and why others lost."""
     options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
     _set_up_logging(verbose)
     from petals_client.swarm_chain import SwarmChain

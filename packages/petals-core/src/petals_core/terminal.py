@@ -23,6 +23,8 @@ EXIT_ERROR = 2
 EXIT_BUG = 1
 """Exit code of an error that nobody foresaw."""
 EXIT_INTERRUPTED = 130
+HELP_WIDTH = 100
+"""Columns that help takes at the most."""
 
 
 @runtime_checkable

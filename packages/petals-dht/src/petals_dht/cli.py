@@ -12,7 +12,7 @@ import typer
 from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError, MissingBlocksError, PetalsError
 from petals_core.swarm_key import SwarmKey
-from petals_core.terminal import parse_connectable_addresses, run_app, stderr_console
+from petals_core.terminal import HELP_WIDTH, parse_connectable_addresses, run_app, stderr_console
 
 if TYPE_CHECKING:
     from petals_dht.overview import ModelOverview
@@ -25,7 +25,9 @@ app = typer.Typer(
     help="Start and watch the directory of a Petals swarm: who serves which blocks of which model.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": HELP_WIDTH},
 )
 
 InitialPeers = Annotated[
@@ -51,7 +53,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks of err
 @app.command()
 def bootstrap(
     host: Annotated[
-        str | None, typer.Option("--host", metavar="HOST", help="Address to listen on. Default: all of this machine's.")
+        str | None, typer.Option("--host", metavar="HOST", help="Address to listen on [all of this machine's].")
     ] = None,
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="UDP port; 0 takes any.")
@@ -69,7 +71,7 @@ def bootstrap(
         typer.Option(
             "--identity",
             metavar="FILE",
-            help="This node's private key; made if missing. Default: one kept for this user.",
+            help="This node's private key; made if there is none [one kept for this user].",
         ),
     ] = None,
     swarm_key_file: SwarmKeyFile = None,
@@ -79,7 +81,7 @@ def bootstrap(
         typer.Option(
             "--state",
             metavar="FILE",
-            help="Where the node writes down whom it knows. Default: one kept for this user and port.",
+            help="Where the node writes down whom it knows [a file kept for this user and port].",
         ),
     ] = None,
     max_requests_per_s: Annotated[
@@ -98,7 +100,9 @@ def bootstrap(
             "--max-requests-per-source-per-s", min=10, max=1_000_000, metavar="N", help="The same, for each address."
         ),
     ] = 200,
-    status: Annotated[bool, typer.Option("--status", help="Tell how the node runs that was started so.")] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Tell how the node is that was started with these options.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --status: print JSON for programs.")] = False,
     verbose: Verbose = False,
 ) -> None:

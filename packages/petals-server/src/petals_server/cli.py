@@ -20,7 +20,7 @@ import typer
 from petals_core.errors import ConfigurationError
 from petals_core.identity import Identity, receipts_path
 from petals_core.swarm_key import SwarmKey
-from petals_core.terminal import parse_connectable_addresses, run_app
+from petals_core.terminal import HELP_WIDTH, parse_connectable_addresses, run_app
 from petals_core.wire.compression import Mode
 from petals_server.comfort.schedule import Schedule
 from petals_server.config import PlacementTiming, ServerConfig, ServerLimits, parse_blocks, parse_rate, parse_size
@@ -29,7 +29,13 @@ from petals_server.earlier_options import normalize_arguments
 _SWITCH_INTERVAL_S: Final = 0.0005
 """The event loop gets the interpreter from the device's thread after this long; Python's default is ten times that."""
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": HELP_WIDTH},
+)
 
 
 @app.callback()
@@ -108,7 +114,13 @@ def serve(
     ] = None,
     token: Annotated[
         str | None,
-        typer.Option("--token", metavar="TOKEN", envvar="HF_TOKEN", show_envvar=False, help="Access token of the hub."),
+        typer.Option(
+            "--token",
+            metavar="TOKEN",
+            envvar="HF_TOKEN",
+            show_envvar=False,
+            help="Access token of the hub [HF_TOKEN in the environment].",
+        ),
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option("--cache-dir", metavar="FOLDER", help="Folder for downloads from the hub.")
@@ -184,7 +196,10 @@ def serve(
     ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more, and show where errors come from.")] = False,
 ) -> None:
-    """Serve blocks of MODEL: start a swarm with --new-swarm, or join one with --initial-peers.
+    """Serve blocks of MODEL, in a new swarm or in one that runs.
+
+    Start a swarm with --new-swarm, or join one with --initial-peers. Values in brackets are what happens without an
+    option.
 
     Prints one line with the address by which others join. Ctrl-C gives open sessions a few seconds to end and leaves
     the swarm; a second one leaves at once. Servers can read what passes through them.
@@ -245,7 +260,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show where errors come from.")] = False,
 ) -> None:
-    """Show the servers of yours that run on this machine: what they hold, and what they have served."""
+    """Show your servers on this machine: what they hold and have served."""
     from petals_core.net.loop import run
     from petals_server import status as servers
 
