@@ -73,3 +73,12 @@ def links() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("document", "target"), list(links()))
 def test_links_lead_somewhere(document: str, target: str) -> None:
     assert ((ROOT / document).parent / target).exists()
+
+
+def test_modules_that_documents_name_exist() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "packages").glob("*/README.md")]
+    folders = [ROOT / name for name in ("packages", "tools", "tests", "examples", ".ci")]
+    files = {f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*") if path.is_file()}
+    named = {(path.name, name) for path in documents for name in re.findall(r"`([\w./-]+\.py)`", path.read_text())}
+    assert len(named) > 100
+    assert [each for each in sorted(named) if not any(file.endswith(f"/{each[1]}") for file in files)] == []
