@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +16,7 @@ from petals_core.errors import CheckpointError, ConfigurationError
 from petals_core.models.adapter_files import CONFIG as ADAPTER_CONFIG
 from petals_core.models.adapter_files import AdapterFiles
 from petals_core.models.safetensors_file import read_header, read_tensor
-from petals_core.models.sources import Folder, Hub, Source, read_json
+from petals_core.models.sources import Source, open_source, read_json
 
 CARD: Final = "petals_tuning.json"
 WEIGHTS: Final = "model.safetensors"
@@ -118,19 +117,9 @@ def open_tuned(
     Raises:
         CheckpointError: there is nothing of the kind, or it can't be read.
     """
-    source: Source
-    if Path(name_or_path).is_dir():
-        source = Folder(Path(name_or_path))
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text := str(name_or_path)) and not text.startswith("."):
-        source = Hub(
-            text,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-            local_files_only=local_files_only,
-        )
-    else:
-        raise CheckpointError(f"there is no folder {text}: check the path, or give a hub name like owner/name")
+    source = open_source(
+        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     path = source.find(CARD)
     if (path is None or prefers_peft) and source.find(ADAPTER_CONFIG) is not None:
         return PeftWeights(files=AdapterFiles(source, "adapter"))

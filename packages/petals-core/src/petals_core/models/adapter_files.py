@@ -26,7 +26,7 @@ from petals_core.errors import CheckpointError, ConfigurationError
 from petals_core.limits import MAX_ADAPTER_RANK
 from petals_core.models.low_rank import Adapter, LayerShapes, LowRank
 from petals_core.models.safetensors_file import TensorEntry, read_header, read_tensor
-from petals_core.models.sources import Folder, Hub, Source, read_json
+from petals_core.models.sources import Source, open_source, read_json
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -110,19 +110,7 @@ class AdapterFiles:
             CheckpointError: there is none, or it can't be read.
             ConfigurationError: it is of a kind that can't be used here, or its name can't.
         """
-        source: Source
-        if Path(name_or_path).is_dir():
-            source = Folder(Path(name_or_path))
-        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text := str(name_or_path)) and not text.startswith("."):
-            source = Hub(
-                text,
-                revision=None,
-                token=token,
-                cache_dir=None if cache_dir is None else str(cache_dir),
-                local_files_only=local_files_only,
-            )
-        else:
-            raise CheckpointError(f"there is no folder {text}: check the path, or give a hub name like owner/adapter")
+        source = open_source(name_or_path, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         return cls(source, source.name if name is None else name)
 
     def _digest(self) -> str:

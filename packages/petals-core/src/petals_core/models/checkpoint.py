@@ -18,7 +18,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -28,7 +27,7 @@ from petals_core.models.configs import read_config, read_generation_config
 from petals_core.models.hashes import ProgressCallback
 from petals_core.models.memory import HeapTrimmer
 from petals_core.models.safetensors_file import COPY_AGAIN, TensorEntry, dtype_name, read_header, read_tensor
-from petals_core.models.sources import Folder, Hub, Source, read_json
+from petals_core.models.sources import Folder, Source, open_source, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
@@ -129,25 +128,17 @@ class Checkpoint:
             CheckpointError: there is no such model, it can't be reached, or its files are broken or not safetensors.
             UnsupportedModelError: this version of Transformers does not know the architecture.
         """
-        folder = Path(name_or_path)
-        source: Source
-        if folder.is_dir():
-            if revision is not None:
-                raise CheckpointError(f"{folder} is a folder and has no revisions: leave the revision out")
-            source = Folder(folder)
-        else:
-            text = str(name_or_path)
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-                raise CheckpointError(f"there is no folder {text}: check the path, or give a hub name like owner/model")
-            source = Hub(
-                text,
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else str(cache_dir),
-                local_files_only=local_files_only,
-                max_disk_bytes=max_disk_bytes,
-                progress=progress,
-            )
+        source = open_source(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            max_disk_bytes=max_disk_bytes,
+            progress=progress,
+        )
+        if revision is not None and isinstance(source, Folder):
+            raise CheckpointError(f"{source} is a folder and has no revisions: leave the revision out")
         config_path = source.find("config.json")
         if config_path is None:
             raise CheckpointError(f"{source} has no config.json: it is not a Transformers checkpoint")

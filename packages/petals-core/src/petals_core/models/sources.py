@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from petals_core.models.safetensors_file import COPY_AGAIN, read_header
 
 _MAX_JSON_BYTES: Final = 100_000_000
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -344,3 +346,34 @@ class Hub:
 def _hub_note(name: str, commit: str) -> Path:
     key = hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()
     return cache_folder() / "hub" / f"{key}.json"
+
+
+def open_source(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    max_disk_bytes: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Source:
+    """An existing folder, or else a repository of that name on the hub; ``revision`` and what follows is for the hub.
+
+    Raises:
+        CheckpointError: there is no such folder and the name can't be one on the hub, or the hub can't be reached.
+    """
+    folder, name = Path(name_or_path), str(name_or_path)
+    if folder.is_dir():
+        return Folder(folder)
+    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise CheckpointError(f"there is no folder {name}: check the path, or give a hub name like owner/name")
+    return Hub(
+        name,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+        local_files_only=local_files_only,
+        max_disk_bytes=max_disk_bytes,
+        progress=progress,
+    )
