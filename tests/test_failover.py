@@ -157,7 +157,7 @@ def test_a_server_that_makes_room_for_an_older_session(new_swarm: Any, checkpoin
             stack.close()
 
         given = model.generate(tokens, max_new_tokens=12, stopping_criteria=[At(4, squeeze)], **GREEDY)
-        assert tight._handler.sessions.num_evicted == 1
+        assert tight.holding.handler.sessions.num_evicted == 1
         assert model.remote_blocks.chain.run(penalties) == {0.0}
     assert torch.equal(given, local.generate(tokens, max_new_tokens=12, **GREEDY))
 
