@@ -114,7 +114,7 @@ class Router:
                 self._change(json.loads(connection.recv(_REQUEST_BYTES)).get("change", {}))
                 used = resource.getrusage(resource.RUSAGE_SELF)
                 answer: dict[str, object] = {"hosts": self._state(), "processor_s": (used.ru_utime, used.ru_stime)}
-            except (LabError, ValueError, AttributeError) as error:
+            except (LabError, ValueError, TypeError, AttributeError) as error:
                 answer = {"error": str(error)}
             except OSError:
                 return  # it asked and left
