@@ -91,6 +91,8 @@ def pairs(
                 folder, initial_peers=swarm.initial_peers, dtype=torch.float32
             )
             local = getattr(transformers, f"Auto{kind}").from_pretrained(folder, dtype=torch.float32).eval()
+            if getattr(local.config, "attn_logit_softcapping", None) is not None:
+                local.set_attn_implementation("eager")  # Transformers 5.17 would leave the cap out
             made[family, kind] = Pair(model=model, local=local, folder=folder, swarm=swarm)
         return made[family, kind]
 

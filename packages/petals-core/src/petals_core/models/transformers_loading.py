@@ -92,6 +92,8 @@ def load(
         NotEnoughMemoryError: the weights do not fit the device.
     """
     arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "state_dict": tensors}
+    if attn_implementation is None and getattr(config, "attn_logit_softcapping", None) is not None:
+        attn_implementation = "eager"  # Transformers 5.17 chooses sdpa for gemma2, which leaves the cap out
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if quantization_config is not None:
