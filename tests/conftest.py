@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import petals_client
-from petals_core.testing.factories import make_checkpoint
+from petals_core.testing.factories import apply_caps, make_checkpoint
 from petals_server.testing import InProcessSwarm
 
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
@@ -90,9 +90,7 @@ def pairs(
             model = getattr(petals_client, f"AutoDistributed{kind}").from_pretrained(
                 folder, initial_peers=swarm.initial_peers, dtype=torch.float32
             )
-            local = getattr(transformers, f"Auto{kind}").from_pretrained(folder, dtype=torch.float32).eval()
-            if getattr(local.config, "attn_logit_softcapping", None) is not None:
-                local.set_attn_implementation("eager")  # Transformers 5.17 would leave the cap out
+            local = apply_caps(getattr(transformers, f"Auto{kind}").from_pretrained(folder, dtype=torch.float32).eval())
             made[family, kind] = Pair(model=model, local=local, folder=folder, swarm=swarm)
         return made[family, kind]
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from petals_client import AutoDistributedModelForCausalLM
-from petals_core.testing.factories import VOCABULARY, make_checkpoint
+from petals_core.testing.factories import VOCABULARY, apply_caps, make_checkpoint
 from petals_server.testing import InProcessSwarm
 
 SPANS: Final = ((0, 1), (1, 4), (4, 6))
@@ -56,7 +56,7 @@ def check(family: str, folder: Path) -> Outcome:
             swarm.add(folder, start, end)
         model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=swarm.initial_peers)
         try:
-            local = AutoModelForCausalLM.from_pretrained(folder).eval()
+            local = apply_caps(AutoModelForCausalLM.from_pretrained(folder).eval())
             with torch.no_grad():
                 padded_error = _compare_padded(model, local)
                 session_error = _compare_session(model, local)

@@ -16,7 +16,7 @@ from petals_client.chain import StepRequest
 from petals_core.errors import InvalidRequestError, PetalsError, RemoteFailureError
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.span import Span, load_span
-from petals_core.testing.factories import make_checkpoint
+from petals_core.testing.factories import apply_caps, make_checkpoint
 
 
 class LocalChain:
@@ -127,7 +127,7 @@ class LocalSwarm:
         self.chain = LocalChain(self.checkpoint, (0, 1, 2, 3))
         self.model: Any = load_model(self.checkpoint, mapping=mapping, chain=self.chain)
         model_class = getattr(transformers, mapping)[type(self.checkpoint.config)]
-        self.local: Any = model_class.from_pretrained(folder).eval()
+        self.local: Any = apply_caps(model_class.from_pretrained(folder).eval())
 
 
 @pytest.fixture(scope="session")

@@ -291,6 +291,13 @@ def fill_weights(model: torch.nn.Module, seed: int) -> None:
             weight.uniform_(mean - half_width, mean + half_width, generator=generator)
 
 
+def apply_caps(local: Any) -> Any:
+    """Have a local model cap attention's scores as its config says, which Transformers 5.17 forgets, and return it."""
+    if getattr(local.config, "attn_logit_softcapping", None) is not None:
+        local.set_attn_implementation("eager")
+    return local
+
+
 def write_tokenizer(folder: str | Path) -> None:
     """A tokenizer of bytes: tokens 0 to 2 are ``<pad>``, ``<s>`` and ``</s>``, then come the 256 bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
