@@ -85,7 +85,7 @@ def test_sizes_add_up_and_are_small_at_the_ends(
     if part_tokens is not None:
         assert len(set(sizes[:-1])) <= 1
     elif max(sizes) >= MIN_PART_TOKENS and num_tokens >= 8 * max(sizes):
-        assert (sizes[0], sizes[-1]) == (8, 16)
+        assert (sizes[0], sizes[-1]) == (3, 16)
     if link_bytes_per_s is not None and part_tokens is None:
         assert max(sizes) <= max(MIN_PART_TOKENS, 0.1 * link_bytes_per_s / 4096)
 
@@ -94,9 +94,9 @@ def test_sizes_of_a_prompt() -> None:
     def sizes(num_tokens: int, link_bytes_per_s: float | None) -> list[int]:
         return choose_part_sizes(num_tokens, 3, max_tokens=4096, token_bytes=4096, link_bytes_per_s=link_bytes_per_s)
 
-    assert sizes(2048, 12e6) == [8, 16, 32, 64, 128, *[256] * 6, 24, 128, 64, 32, 16]
-    assert sizes(2048, 2.4e6) == [8, 16, *[32] * 62, 24, 16]
-    assert sizes(2048, None) == [8, 16, 32, *[64] * 30, 24, 32, 16]
+    assert sizes(2048, 12e6) == [3, 6, 12, 24, 48, 96, *[128] * 13, 83, 64, 32, 16]
+    assert sizes(2048, 2.4e6) == [3, 6, 12, 24, *[48] * 40, 35, 32, 16]
+    assert sizes(2048, None) == [3, 6, 12, 24, 48, *[64] * 29, 51, 32, 16]
     assert sizes(1, None) == [1]
     assert sizes(100, None) == [32, 32, 32, 4]
 
@@ -108,3 +108,9 @@ def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:
         window.sent()
         window.done(num_tokens=32 if number < 2 else 128, trip_s=0.2 if number < 2 else 0.8, now_s=0.1 * number)
     assert 0.8 / 0.1 <= window.limit <= 2 * 0.8 / 0.1 + 1
+
+
+@pytest.mark.parametrize(("token_bytes", "first"), [(512, 8), (2048, 6), (4096, 3), (28_672, 3)])
+def test_a_first_part_fits_the_first_round_trip_where_that_holds_enough(token_bytes: int, first: int) -> None:
+    sizes = choose_part_sizes(2048, 3, max_tokens=512, token_bytes=token_bytes, link_bytes_per_s=None)
+    assert sizes[:3] == [first, 2 * first, 4 * first]

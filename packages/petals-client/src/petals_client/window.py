@@ -6,16 +6,20 @@ import math
 
 MIN_PART_TOKENS = 32
 MAX_PART_TOKENS = 512
-_PARTS_PER_STAGE = 2
+_PARTS_PER_STAGE = 4
 """A part takes each stage in turn, and the first has to pass all before the last is busy: more parts make that less.
-But on a CPU matrices of few rows are slow: 2,048 tokens of the bench model in parts of 32, 64, 128 and 256 take 1.48,
-1.15, 1.05 and 0.96 times as long as in one piece."""
+But matrices of few rows are slow: ``tools/bench_linear.py`` prints what they take on a CPU."""
 _MAX_PART_S = 0.1
 """Of a link's time for a part, which it has to take whole before the next server can begin."""
+_PART_STEP = 16
+"""Sizes by a link's rate are multiples of it."""
 _UNKNOWN_PART_TOKENS = 64
 """For a link of which nothing is known."""
-_FIRST_PART_TOKENS = 8
-"""A connection that has been idle begins slowly, with some 15 kB in its first round trip and twice that in the next."""
+_FIRST_TRIP_BYTES = 14_000
+"""A connection that has been idle begins slowly, with ten segments (RFC 6928) in its first round trip and twice that in
+the next: a first part that needs no second one is with the last server before others would be with the second."""
+_MIN_FIRST_TOKENS, _MAX_FIRST_TOKENS = 3, 8
+"""Smaller ones would take the servers more time than they save."""
 _LAST_PART_TOKENS = 16
 _MIN_PARTS_WITH_RAMPS = 6
 """Where fewer parts of the full size would do, these are small already."""
@@ -52,10 +56,11 @@ def choose_part_sizes(
     size = choose_part_tokens(num_tokens, num_hops)
     most = _UNKNOWN_PART_TOKENS
     if link_bytes_per_s is not None:
-        num_steps = int(_MAX_PART_S * link_bytes_per_s / token_bytes / MIN_PART_TOKENS)
-        most = max(1, num_steps) * MIN_PART_TOKENS
+        num_steps = int(_MAX_PART_S * link_bytes_per_s / token_bytes / _PART_STEP)
+        most = max(MIN_PART_TOKENS, num_steps * _PART_STEP)
     size = min(max_tokens, size, most)
-    rising, falling = _ramp(_FIRST_PART_TOKENS, size), _ramp(_LAST_PART_TOKENS, size)[::-1]
+    first = min(_MAX_FIRST_TOKENS, max(_MIN_FIRST_TOKENS, _FIRST_TRIP_BYTES // token_bytes))
+    rising, falling = _ramp(first, size), _ramp(_LAST_PART_TOKENS, size)[::-1]
     if num_tokens < max(_MIN_PARTS_WITH_RAMPS * size, sum(rising) + sum(falling)):
         rising, falling = [], []
     return rising + _equal(num_tokens - sum(rising) - sum(falling), size) + falling
