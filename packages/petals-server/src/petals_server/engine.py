@@ -174,11 +174,6 @@ class Engine:
         return self._num_queued
 
     @property
-    def num_queued_tokens(self) -> int:
-        """Its tokens."""
-        return self._num_queued_tokens
-
-    @property
     def pace(self) -> Pace:
         """What turns take, as observed."""
         return self._scheduler.pace

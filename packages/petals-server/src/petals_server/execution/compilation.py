@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from petals_core.errors import first_line
 from petals_core.models.span import Span
 from petals_server.cache.pages import CachePages
 from petals_server.execution.changes import RowChange
@@ -43,7 +44,7 @@ def choose_replay(mode: str, runner: StepRunner, replaying: StepRunner, pages: C
         times, expected = time_steps(runner, pages, _NUM_STEPS, enough_s=_ENOUGH_S)
         replayed_times, actual = time_steps(replaying, pages, len(times))
     except RuntimeError as error:
-        log.info("decode steps can't be recorded: %s", str(error).splitlines()[0])
+        log.info("decode steps can't be recorded: %s", first_line(error))
         return False
     plain_s, replayed_s = (statistics.median(each[1:]) for each in (times, replayed_times))
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6))

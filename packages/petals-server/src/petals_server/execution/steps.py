@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from petals_core.errors import first_line
 from petals_core.identity import PeerId
 from petals_core.models.span import Span
 from petals_server.cache.pages import PageCopy
@@ -155,7 +156,7 @@ class StepRunner:
 
 
 def _note_failure(error: Exception) -> None:
-    log.warning("a decode step could not be recorded: %s", str(error).splitlines()[0])
+    log.warning("a decode step could not be recorded: %s", first_line(error))
 
 
 @final

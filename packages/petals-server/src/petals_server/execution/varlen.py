@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from petals_core.errors import first_line
 from petals_server.cache.tensors import LayerKind
 from petals_server.scheduling.plan import RowPart
 
@@ -117,7 +118,7 @@ def find_kernel(
         try:
             error = check_kernel(kernel, chosen, dtype=dtype, device=device, page_tokens=page_tokens)
         except Exception as failure:  # whatever a build of torch or a driver has against it
-            log.info("paged attention: %s", str(failure).splitlines()[0])
+            log.info("paged attention: %s", first_line(failure))
             continue
         if error < _TOLERANCE:
             log.info("paged attention differs from plain attention by %.4f at most", error)
