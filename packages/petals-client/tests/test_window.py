@@ -59,7 +59,7 @@ def test_much_is_under_way_where_all_is_far() -> None:
 def test_parts_are_many_and_not_tiny(num_hops: int) -> None:
     assert choose_part_tokens(1, num_hops) >= 32
     assert choose_part_tokens(10**6, num_hops) == MAX_PART_TOKENS
-    assert 2048 / choose_part_tokens(2048, 3) >= 8
+    assert [choose_part_tokens(num_tokens, 3) for num_tokens in (256, 512, 1024, 2048, 4096)] == [32, 64, 128, 128, 256]
 
 
 @given(

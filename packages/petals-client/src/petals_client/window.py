@@ -6,9 +6,11 @@ import math
 
 MIN_PART_TOKENS = 32
 MAX_PART_TOKENS = 512
-_PARTS_PER_STAGE = 4
+_PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE = 2, 4
 """A part takes each stage in turn, and the first has to pass all before the last is busy: more parts make that less.
-But matrices of few rows are slow: ``tools/bench_linear.py`` prints what they take on a CPU."""
+But matrices of few rows are slow (``tools/bench_linear.py`` prints what they take on a CPU), so beyond two for each
+stage there are more only as long as they have ``_AMPLE_TOKENS``."""
+_AMPLE_TOKENS = 128
 _MAX_PART_S = 0.1
 """Of a link's time for a part, which it has to take whole before the next server can begin."""
 _PART_STEP = 16
@@ -81,13 +83,9 @@ def _ramp(first: int, end: int) -> list[int]:
 
 
 def choose_part_tokens(num_tokens: int, num_hops: int) -> int:
-    """Tokens of the parts of a step: enough parts to keep all servers and links of a chain at work.
-
-    One less than all only pays where it leaves several parts.
-    """
-    stages = num_hops + 1
-    wanted = _round_up(num_tokens / (_PARTS_PER_STAGE * stages))
-    return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, wanted))
+    """Tokens of the parts of a step: enough parts to keep all servers and links of a chain at work."""
+    few, many = (_round_up(num_tokens / (num_hops + 1) / parts) for parts in (_PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE))
+    return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, many, min(few, _AMPLE_TOKENS)))
 
 
 def _round_up(num_tokens: float) -> int:
