@@ -26,8 +26,9 @@ from petals_core.errors import (
     RemoteFailureError,
 )
 from petals_core.identity import Identity
-from petals_core.net.dialer import Dialer
+from petals_core.net.dialer import Dialer, PeerConnection
 from petals_core.net.rpc import call
+from petals_core.net.stream import Stream
 from petals_core.steps import StepRequest
 from petals_core.tensors.codec import TensorSpec, decode, encode
 from petals_core.tensors.states import States
@@ -79,6 +80,24 @@ async def chain(checkpoint: Path, **changes: Any) -> AsyncIterator[tuple[Client,
 
 def route(session: int, **fields: Any) -> Route:
     return Route(**{"session_id": IDS[session], "attempt": 0, "deadline_ms": 5000, "is_last": False, **fields})
+
+
+@asynccontextmanager
+async def stranger(server: Server) -> AsyncIterator[tuple[Dialer, PeerConnection]]:
+    """A peer that is none of the chain, connected to one of its servers."""
+    dialer = Dialer(identity=Identity.ephemeral())
+    try:
+        yield dialer, await dialer.connect([server.address], peer_id=server.peer_id)
+    finally:
+        await dialer.close()
+
+
+async def pushed(connection: PeerConnection) -> Stream:
+    """A stream that pushes steps into the second session."""
+    stream = connection.open_stream(Priority.DECODE)
+    await stream.send(Push(session_id=IDS[1]))
+    assert isinstance((await stream.receive(timeout_s=TIMEOUT_S)).body, Pushed)
+    return stream
 
 
 async def ask(client: Client, request: Any, reply: Any) -> Any:
@@ -385,32 +404,26 @@ def test_who_pushes_can_not_begin_an_attempt(checkpoint: Path) -> None:
     """Neither is the client's own then taken for an earlier one, nor does the server before name any."""
 
     async def run() -> None:
-        async with chain(checkpoint) as (_, to_second, _, second):
-            dialer = Dialer(identity=Identity.ephemeral())
-            try:
-                connection = await dialer.connect([to_second.server.address], peer_id=to_second.server.peer_id)
-                await ask(to_second, route(1, is_last=True, previous=dialer.peer_id.digest), Routed)
-                stream = connection.open_stream(Priority.DECODE)
-                await stream.send(Push(session_id=IDS[1]))
-                await stream.receive(timeout_s=TIMEOUT_S)
-                ring = to_second.server.holding.handler.ring._sessions[IDS[1]]
-                await stream.send(*step(0, STATES, 0, attempt=1 << 32))
-                await until(lambda: bool(ring._early))
-                await ask(to_second, route(1, attempt=1, is_last=True), Routed)
-                assert not ring._early
-                await second.stream.send(*step(0, STATES[:2], 0, attempt=1))
-                assert len(tensor(await second.stream.receive(timeout_s=TIMEOUT_S))) == 2
+        async with (
+            chain(checkpoint) as (_, to_second, _, second),
+            stranger(to_second.server) as (dialer, connection),
+        ):
+            await ask(to_second, route(1, is_last=True, previous=dialer.peer_id.digest), Routed)
+            stream = await pushed(connection)
+            ring = to_second.server.holding.handler.ring._sessions[IDS[1]]
+            await stream.send(*step(0, STATES, 0, attempt=1 << 32))
+            await until(lambda: bool(ring._early))
+            await ask(to_second, route(1, attempt=1, is_last=True), Routed)
+            assert not ring._early
+            await second.stream.send(*step(0, STATES[:2], 0, attempt=1))
+            assert len(tensor(await second.stream.receive(timeout_s=TIMEOUT_S))) == 2
 
-                await ask(to_second, route(1, attempt=2, is_last=True, previous=dialer.peer_id.digest), Routed)
-                stream = connection.open_stream(Priority.DECODE)
-                await stream.send(Push(session_id=IDS[1]))
+            await ask(to_second, route(1, attempt=2, is_last=True, previous=dialer.peer_id.digest), Routed)
+            stream = await pushed(connection)
+            await stream.send(NewAttempt(attempt=3))
+            with pytest.raises(InvalidRequestError, match="takes steps"):
                 await stream.receive(timeout_s=TIMEOUT_S)
-                await stream.send(NewAttempt(attempt=3))
-                with pytest.raises(InvalidRequestError, match="takes steps"):
-                    await stream.receive(timeout_s=TIMEOUT_S)
-                assert ring.progress().attempt == 2
-            finally:
-                await dialer.close()
+            assert ring.progress().attempt == 2
 
     run_clean(run())
 
@@ -513,20 +526,16 @@ def test_outputs_are_kept_within_a_budget(checkpoint: Path) -> None:
 
 def test_who_is_named_may_push_until_another_is(checkpoint: Path) -> None:
     async def run() -> None:
-        async with chain(checkpoint) as (_, to_second, _, second):
-            dialer = Dialer(identity=Identity.ephemeral())
-            try:
-                connection = await dialer.connect([to_second.server.address], peer_id=to_second.server.peer_id)
-                await ask(to_second, route(1, is_last=True, previous=dialer.peer_id.digest), Routed)
-                stream = connection.open_stream(Priority.DECODE)
-                await stream.send(Push(session_id=IDS[1]))
-                assert isinstance((await stream.receive(timeout_s=TIMEOUT_S)).body, Pushed)
-                await stream.send(*step(0, STATES, 0))
-                assert tensor(await second.stream.receive(timeout_s=TIMEOUT_S)).shape == STATES.shape
-                await ask(to_second, route(1, is_last=True), Routed)
-                with pytest.raises(PetalsError):
-                    await stream.receive(timeout_s=TIMEOUT_S)
-            finally:
-                await dialer.close()
+        async with (
+            chain(checkpoint) as (_, to_second, _, second),
+            stranger(to_second.server) as (dialer, connection),
+        ):
+            await ask(to_second, route(1, is_last=True, previous=dialer.peer_id.digest), Routed)
+            stream = await pushed(connection)
+            await stream.send(*step(0, STATES, 0))
+            assert tensor(await second.stream.receive(timeout_s=TIMEOUT_S)).shape == STATES.shape
+            await ask(to_second, route(1, is_last=True), Routed)
+            with pytest.raises(PetalsError):
+                await stream.receive(timeout_s=TIMEOUT_S)
 
     run_clean(run())
