@@ -27,7 +27,8 @@ def test_columns(row_tokens: tuple[int, ...], max_tokens: list[int], wanted: int
         assert step.keep == columns
         assert step.row_order == (request.row_order if index == 0 else None)
         assert step.row_tokens == part.row_tokens == tuple(count for _, count in part.ranges)
-        assert sum(step.row_tokens) <= max(max_tokens[min(index, len(max_tokens) - 1)], len(row_tokens))
+        num_rows = sum(count > 0 for count in row_tokens)
+        assert sum(step.row_tokens) <= max(max_tokens[min(index, len(max_tokens) - 1)], num_rows)
         columns += max(step.row_tokens)
         results = [result + count for result, count in zip(results, step.result_tokens, strict=True)]
         for row, (first, count) in enumerate(part.ranges):

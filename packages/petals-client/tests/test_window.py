@@ -10,6 +10,7 @@ from petals_client.window import (
     MAX_PART_TOKENS,
     MIN_PART_TOKENS,
     FlightWindow,
+    choose_batch_sizes,
     choose_part_sizes,
     choose_part_tokens,
 )
@@ -99,6 +100,29 @@ def test_sizes_of_a_prompt() -> None:
     assert sizes(2048, None) == [3, 6, 12, 24, 48, *[64] * 29, 51, 32, 16]
     assert sizes(1, None) == [1]
     assert sizes(100, None) == [32, 32, 32, 4]
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=30), st.none() | st.floats(1, 1e9))
+def test_micro_batches_are_cut_as_a_prompt_and_where_one_ends(
+    batches: list[int], link_bytes_per_s: float | None
+) -> None:
+    link = {"max_tokens": 512, "token_bytes": 4096, "link_bytes_per_s": link_bytes_per_s}
+    whole = choose_part_sizes(sum(batches), 3, **link)
+    sizes = choose_batch_sizes(batches, 3, **link)
+    assert [sum(each) for each in sizes] == batches
+    assert all(0 < size <= max(whole) for each in sizes for size in each)
+    assert sizes[0][0] == min(whole[0], batches[0])
+    assert sizes[-1][-1] == min(whole[-1], batches[-1])
+
+
+def test_sizes_of_a_batch() -> None:
+    def sizes(batches: list[int], link_bytes_per_s: float) -> list[list[int]]:
+        return choose_batch_sizes(batches, 3, max_tokens=4096, token_bytes=4096, link_bytes_per_s=link_bytes_per_s)
+
+    slow = [[3, 6, 12, 24, 48, 35], *[[48, 48, 32]] * 14, [45, 35, 32, 16]]
+    assert sizes([128] * 16, 2.4e6) == slow
+    assert sizes([128] * 16, 12e6) == [[3, 6, 12, 24, 48, 35], *[[128]] * 14, [16, 64, 32, 16]]
+    assert sizes([64, 64], 12e6) == [[32, 32], [32, 32]]
 
 
 def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:

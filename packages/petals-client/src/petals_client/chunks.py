@@ -29,13 +29,14 @@ def split_columns(request: StepRequest, *max_tokens: int) -> list[tuple[StepRequ
     """
     row_tokens = request.row_tokens
     num_columns = max(row_tokens)
+    num_rows = sum(count > 0 for count in row_tokens)
     starts = _starts(row_tokens)
     parts: list[tuple[StepRequest, Part]] = []
     right = 0
     while right < num_columns:
         left = right
         num_tokens = max_tokens[min(len(parts), len(max_tokens) - 1)]
-        right = min(left + max(1, num_tokens // len(row_tokens)), num_columns)
+        right = min(left + max(1, num_tokens // num_rows), num_columns)
         bounds = [(max(0, left - (num_columns - count)), max(0, right - (num_columns - count))) for count in row_tokens]
         counts = tuple(last - first for first, last in bounds)
         runs = request.position_runs

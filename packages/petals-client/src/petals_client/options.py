@@ -49,7 +49,7 @@ class ClientOptions:
     """Tokens of the parts of a long prompt, which follow each other through the servers of a chain; None: so many that
     all servers and links work at once."""
     micro_batch_tokens: int | None = None
-    """Tokens of whole rows that travel together in a batch; None: by the batch and the number of servers."""
+    """Tokens of whole rows that travel together in a batch; None: by the batch, the number of servers and the link."""
     max_tokens_in_flight: int = 16_384
     """Tokens of one forward or backward that are under way at once, which bounds the client's memory."""
     gradient_encoding: str | None = None

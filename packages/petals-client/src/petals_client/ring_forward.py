@@ -27,7 +27,7 @@ from petals_client.packing import PositionRuns
 from petals_client.part_states import decode_states, encode_states, join_parts, take_part
 from petals_client.swarm import Servers, Swarm
 from petals_client.swarm_session import SwarmSession
-from petals_client.window import choose_part_tokens
+from petals_client.window import choose_batch_sizes, choose_part_tokens, most_part_tokens
 from petals_core.errors import PetalsError
 from petals_core.routing.flow import Branch
 from petals_core.tensors.codec import encode
@@ -35,8 +35,10 @@ from petals_core.tensors.states import States
 
 _logger = logging.getLogger(__name__)
 _MIN_PART_TOKENS = 128
+"""Of rows that travel together, where the link takes so many quickly: smaller ones take servers more time than they
+save."""
 _MIN_PARTS_PER_SERVER = 2
-"""With fewer micro-batches, opening the session takes more time than the ring saves."""
+"""With fewer parts, opening the session takes more time than the ring saves."""
 
 _OPEN_TIMEOUT_S = 2.0
 """Beyond it, states that are carried are there earlier: servers without room let a session wait."""
@@ -71,7 +73,7 @@ class RingForward:
     ) -> Tensor | None:
         """Compute packed states [N, H]; None where it does not pay or no session is to be had: carry them instead."""
         num_hops = max(len(branch.chain) for branch in self._branches)
-        max_tokens = self._choose_part_tokens(hidden.shape[0], num_hops)
+        max_tokens = self._choose_part_tokens(hidden, num_hops)
         micro_batches = split_rows(row_tokens, position_runs, max_tokens)
         num_servers = sum(len(branch.chain) for branch in self._branches)
         num_parts = len(micro_batches)
@@ -100,7 +102,7 @@ class RingForward:
                     if self._keeps_graphs:
                         await self._step_with_graphs(session, hidden, output, taken)
                     else:
-                        await self._step(session, hidden, output, taken, num_rows, max_tokens)
+                        await self._step(session, hidden, output, taken, num_rows)
             finally:
                 session.close()
 
@@ -116,9 +118,15 @@ class RingForward:
             await asyncio.wait(tasks)
         return output
 
-    def _choose_part_tokens(self, num_tokens: int, num_hops: int) -> int:
+    def _choose_part_tokens(self, hidden: Tensor, num_hops: int) -> int:
         options = self._swarm.options
-        wanted = options.micro_batch_tokens or max(_MIN_PART_TOKENS, choose_part_tokens(num_tokens, num_hops))
+        wanted = options.micro_batch_tokens
+        if wanted is None:
+            wanted = max(_MIN_PART_TOKENS, choose_part_tokens(hidden.shape[0], num_hops))
+            for branch in self._branches:
+                rate = self._swarm.rate_bytes_per_s(branch.chain[0].peer_id)
+                if rate is not None:
+                    wanted = min(wanted, most_part_tokens(hidden.shape[1] * hidden.element_size(), rate))
         return min(wanted, options.max_tokens_per_request, options.max_tokens_in_flight)
 
     def _take_turn(self, todo: deque[Part], share: float) -> list[Part]:
@@ -164,13 +172,20 @@ class RingForward:
         output: Tensor,
         micro_batches: Sequence[Part],
         num_rows: int,
-        max_tokens: int,
     ) -> None:
         """Send micro-batches through a session, and put what comes out where they stand in the whole."""
         options, rate = self._swarm.options, session.rate_bytes_per_s
+        sizes = choose_batch_sizes(
+            [sum(each.row_tokens) for each in micro_batches],
+            len(session.chain),
+            max_tokens=options.max_tokens_per_request,
+            part_tokens=options.micro_batch_tokens,
+            token_bytes=hidden.shape[1] * hidden.element_size(),
+            link_bytes_per_s=rate,
+        )
         inputs = []
         places: list[tuple[int, int, list[tuple[StepRequest, Part]]]] = []
-        for each in micro_batches:
+        for each, sizes_of_parts in zip(micro_batches, sizes, strict=True):
             first, count = each.ranges[0][0], sum(each.row_tokens)
             missing = num_rows - len(each.row_tokens)
             runs = each.position_runs
@@ -179,10 +194,8 @@ class RingForward:
                 row_tokens=each.row_tokens + (0,) * missing,
                 position_runs=None if runs is None else runs + ((),) * missing,
             )
-            # Several rows fit one part; a long one is cut like a prompt.
-            num_columns = max(each.row_tokens) if len(each.row_tokens) > 1 else max_tokens
-            steps = split_columns(request, num_rows * num_columns)
             tokens = hidden[first : first + count]
+            steps = split_columns(request, *sizes_of_parts)
             inputs += [(step, encode_states(take_part(tokens, part), options, rate)) for step, part in steps]
             places.append((first, count, steps))
         results = iter(await session.step(inputs))

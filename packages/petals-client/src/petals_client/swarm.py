@@ -300,6 +300,11 @@ class Swarm:
         known = self.measurements.get(peer_id)
         return None if known is None else known.round_trip_s
 
+    def rate_bytes_per_s(self, peer_id: PeerId) -> float | None:
+        """How fast the link to a server takes bytes; None while nothing has had to wait."""
+        connection = self._dialer.find(peer_id)
+        return None if connection is None else connection.rate_bytes_per_s
+
     def blame(self, peer_id: PeerId, error: PetalsError) -> None:
         """Note a server's failure, so that the next plan avoids it. Who is about to stop is not at fault."""
         if isinstance(error, DrainingError):

@@ -1,8 +1,10 @@
-"""How a long prompt is cut, and how many of its parts are under way at once."""
+"""How a long prompt or a batch is cut, and how many of its parts are under way at once."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 MIN_PART_TOKENS = 32
 MAX_PART_TOKENS = 512
@@ -58,14 +60,48 @@ def choose_part_sizes(
     size = choose_part_tokens(num_tokens, num_hops)
     most = _UNKNOWN_PART_TOKENS
     if link_bytes_per_s is not None:
-        num_steps = int(_MAX_PART_S * link_bytes_per_s / token_bytes / _PART_STEP)
-        most = max(MIN_PART_TOKENS, num_steps * _PART_STEP)
+        most = most_part_tokens(token_bytes, link_bytes_per_s)
     size = min(max_tokens, size, most)
     first = min(_MAX_FIRST_TOKENS, max(_MIN_FIRST_TOKENS, _FIRST_TRIP_BYTES // token_bytes))
     rising, falling = _ramp(first, size), _ramp(_LAST_PART_TOKENS, size)[::-1]
     if num_tokens < max(_MIN_PARTS_WITH_RAMPS * size, sum(rising) + sum(falling)):
         rising, falling = [], []
     return rising + _equal(num_tokens - sum(rising) - sum(falling), size) + falling
+
+
+def choose_batch_sizes(
+    batches: Sequence[int],
+    num_hops: int,
+    *,
+    max_tokens: int,
+    part_tokens: int | None = None,
+    token_bytes: int,
+    link_bytes_per_s: float | None,
+) -> list[list[int]]:
+    """Tokens of the parts of each micro-batch, of which one follows another: as of a prompt of all their tokens, but no
+    part is of two micro-batches. The arguments are those of ``choose_part_sizes``."""
+    sizes = choose_part_sizes(
+        sum(batches),
+        num_hops,
+        max_tokens=max_tokens,
+        part_tokens=part_tokens,
+        token_bytes=token_bytes,
+        link_bytes_per_s=link_bytes_per_s,
+    )
+    if len(batches) == 1:
+        return [sizes]
+    first, *between, last = batches
+    return [
+        _fit(sizes, first),
+        *(_equal(num_tokens, max(sizes)) for num_tokens in between),
+        _fit(sizes[::-1], last)[::-1],
+    ]
+
+
+def _fit(sizes: Sequence[int], num_tokens: int) -> list[int]:
+    """The first of the sizes, as many as it takes; the last one is what remains."""
+    ends = [*itertools.takewhile(lambda end: end < num_tokens, itertools.accumulate(sizes)), num_tokens]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
 def _equal(num_tokens: int, size: int) -> list[int]:
@@ -86,6 +122,12 @@ def choose_part_tokens(num_tokens: int, num_hops: int) -> int:
     """Tokens of the parts of a step: enough parts to keep all servers and links of a chain at work."""
     few, many = (_round_up(num_tokens / (num_hops + 1) / parts) for parts in (_PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE))
     return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, many, min(few, _AMPLE_TOKENS)))
+
+
+def most_part_tokens(token_bytes: int, link_bytes_per_s: float) -> int:
+    """Tokens that a link is not too long busy with. The arguments are those of ``choose_part_sizes``."""
+    num_steps = int(_MAX_PART_S * link_bytes_per_s / token_bytes / _PART_STEP)
+    return max(MIN_PART_TOKENS, num_steps * _PART_STEP)
 
 
 def _round_up(num_tokens: float) -> int:

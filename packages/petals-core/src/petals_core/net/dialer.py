@@ -100,6 +100,10 @@ class Dialer:
                 raise PeerConnectionError("the dialer was closed") from None
             raise
 
+    def find(self, peer_id: PeerId) -> PeerConnection | None:
+        """The open connection to a peer; None: there is none."""
+        return self._connections.get(peer_id)
+
     def drop(self, connection: PeerConnection) -> None:
         """Close one of its connections at once; never blocks. The next ``connect`` makes another one."""
         self._forget(connection)
@@ -121,7 +125,7 @@ class Dialer:
 
     def _find(self, addresses: Sequence[Address], peer_id: PeerId | None) -> PeerConnection | None:
         if peer_id is not None:
-            return self._connections.get(peer_id)
+            return self.find(peer_id)
         return next((each for each in self._connections.values() if each.address in addresses), None)
 
     async def _connect(self, addresses: tuple[Address, ...], peer_id: PeerId | None, is_public: bool) -> PeerConnection:
