@@ -27,16 +27,13 @@ from petals_client.packing import PositionRuns
 from petals_client.part_states import decode_states, encode_states, join_parts, take_part
 from petals_client.swarm import Servers, Swarm
 from petals_client.swarm_session import SwarmSession
-from petals_client.window import choose_batch_sizes, choose_part_tokens, most_part_tokens
+from petals_client.window import choose_batch_sizes, choose_batch_tokens
 from petals_core.errors import PetalsError
 from petals_core.routing.flow import Branch
 from petals_core.tensors.codec import encode
 from petals_core.tensors.states import States
 
 _logger = logging.getLogger(__name__)
-_MIN_PART_TOKENS = 128
-"""Of rows that travel together, where the link takes so many quickly: smaller ones take servers more time than they
-save."""
 _MIN_PARTS_PER_SERVER = 2
 """With fewer parts, opening the session takes more time than the ring saves."""
 
@@ -120,13 +117,15 @@ class RingForward:
 
     def _choose_part_tokens(self, hidden: Tensor, num_hops: int) -> int:
         options = self._swarm.options
-        wanted = options.micro_batch_tokens
-        if wanted is None:
-            wanted = max(_MIN_PART_TOKENS, choose_part_tokens(hidden.shape[0], num_hops))
-            for branch in self._branches:
-                rate = self._swarm.rate_bytes_per_s(branch.chain[0].peer_id)
-                if rate is not None:
-                    wanted = min(wanted, most_part_tokens(hidden.shape[1] * hidden.element_size(), rate))
+        wanted = options.micro_batch_tokens or min(
+            choose_batch_tokens(
+                hidden.shape[0],
+                num_hops,
+                token_bytes=hidden.shape[1] * hidden.element_size(),
+                link_bytes_per_s=self._swarm.rate_bytes_per_s(branch.chain[0].peer_id),
+            )
+            for branch in self._branches
+        )
         return min(wanted, options.max_tokens_per_request, options.max_tokens_in_flight)
 
     def _take_turn(self, todo: deque[Part], share: float) -> list[Part]:

@@ -79,14 +79,19 @@ def choose_batch_sizes(
     link_bytes_per_s: float | None,
 ) -> list[list[int]]:
     """Tokens of the parts of each micro-batch, of which one follows another: as of a prompt of all their tokens, but no
-    part is of two micro-batches. The arguments are those of ``choose_part_sizes``."""
+    part is of two micro-batches.
+
+    On links so fast that they do not make parts smaller none are but the last of each micro-batch: a batch is all about
+    how much is computed in a second. The arguments are those of ``choose_part_sizes``.
+    """
+    size = part_tokens or choose_batch_tokens(
+        sum(batches), num_hops, token_bytes=token_bytes, link_bytes_per_s=link_bytes_per_s
+    )
+    is_fast = link_bytes_per_s is not None and size < most_part_tokens(token_bytes, link_bytes_per_s)
+    if is_fast or part_tokens is not None:
+        return [_equal(num_tokens, min(max_tokens, size)) for num_tokens in batches]
     sizes = choose_part_sizes(
-        sum(batches),
-        num_hops,
-        max_tokens=max_tokens,
-        part_tokens=part_tokens,
-        token_bytes=token_bytes,
-        link_bytes_per_s=link_bytes_per_s,
+        sum(batches), num_hops, max_tokens=max_tokens, token_bytes=token_bytes, link_bytes_per_s=link_bytes_per_s
     )
     if len(batches) == 1:
         return [sizes]
@@ -122,6 +127,12 @@ def choose_part_tokens(num_tokens: int, num_hops: int) -> int:
     """Tokens of the parts of a step: enough parts to keep all servers and links of a chain at work."""
     few, many = (_round_up(num_tokens / (num_hops + 1) / parts) for parts in (_PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE))
     return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, many, min(few, _AMPLE_TOKENS)))
+
+
+def choose_batch_tokens(num_tokens: int, num_hops: int, *, token_bytes: int, link_bytes_per_s: float | None) -> int:
+    """Tokens of whole rows that travel together: ample ones, unless the link is too long busy with these."""
+    size = max(_AMPLE_TOKENS, choose_part_tokens(num_tokens, num_hops))
+    return size if link_bytes_per_s is None else min(size, most_part_tokens(token_bytes, link_bytes_per_s))
 
 
 def most_part_tokens(token_bytes: int, link_bytes_per_s: float) -> int:
