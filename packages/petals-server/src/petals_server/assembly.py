@@ -11,8 +11,8 @@ from petals_server.contribution.desk import ContributionDesk
 from petals_server.engine import Engine
 from petals_server.handlers import RequestHandler, ServerFacts
 from petals_server.loading import ServedModel
-from petals_server.next_hops import NextHops
-from petals_server.ring import RingTable
+from petals_server.ring.next_hops import NextHops
+from petals_server.ring.table import RingTable
 from petals_server.scheduling.pace import Pace
 from petals_server.sessions import SessionTable
 from petals_server.speed import Speed

@@ -46,7 +46,8 @@ from petals_server.execution.steps import StepRunner, StepWork
 from petals_server.loading import ServedModel
 from petals_server.positions import check_positions
 from petals_server.request_checks import check_states, check_step
-from petals_server.ring import RING_REQUESTS, RingSession, RingTable
+from petals_server.ring.session import RingSession
+from petals_server.ring.table import RING_REQUESTS, RingTable
 from petals_server.sessions import Reservation, SessionTable
 from petals_server.training_requests import TrainingRequests, is_for_training, read_session_prompts
 

@@ -1,0 +1,1 @@
+"""A server's part in a chain: sessions that take steps from the client or the server before and pass outputs on."""
