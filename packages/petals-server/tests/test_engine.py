@@ -11,10 +11,11 @@ from petals_core.errors import InvalidRequestError
 from petals_core.testing.network import run_clean
 from petals_server.cache.pages import CachePages, plan_groups
 from petals_server.config import ServerLimits
-from petals_server.engine import MAX_HERE_S, Engine, Work
+from petals_server.engine import MAX_HERE_S, Engine
 from petals_server.scheduling.pace import Pace
 from petals_server.scheduling.plan import Part
 from petals_server.scheduling.request import Urgency
+from petals_server.work import Work
 
 
 class _Step(Work[int]):

@@ -17,12 +17,12 @@ from petals_core.models.span import Span, load_span
 from petals_core.tensors.codec import TensorSpec, decode, encode
 from petals_core.testing.factories import make_checkpoint
 from petals_server.deep_prompts import EncodedTensor
-from petals_server.engine import Work
 from petals_server.execution.forward import ForwardWork
 from petals_server.execution.states import EncodedStates, PackedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.threads import ThreadPlan
 from petals_server.training import BackwardWork, TrainingForwardWork, TrainingRequest
+from petals_server.work import Work
 
 THREADS = ThreadPlan(decode=1, bulk=1, decode_tokens_per_s=1, bulk_tokens_per_s=1)
 OPTIONS: dict[str, Any] = {"deadline_s": 1e9, "max_turn_tokens": 512, "peer_id": Identity.ephemeral().peer_id}

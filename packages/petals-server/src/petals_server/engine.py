@@ -16,22 +16,21 @@ import contextlib
 import logging
 import threading
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Final, Generic, TypeVar, final
+from typing import Final, TypeVar
 
 from petals_core.errors import DeadlineExceededError, DrainingError, OverloadedError, PetalsError, RemoteFailureError
-from petals_core.identity import PeerId
 from petals_server.cache.pages import CachePages
 from petals_server.config import ServerLimits
 from petals_server.scheduling.pace import Pace
-from petals_server.scheduling.plan import Part, Plan
-from petals_server.scheduling.request import Request, Urgency
+from petals_server.scheduling.plan import Plan
+from petals_server.scheduling.request import Request
 from petals_server.scheduling.scheduler import Scheduler, Wait
 from petals_server.scheduling.shares import Shares
+from petals_server.work import Call, Work
 
 T = TypeVar("T")
 MAX_HERE_S: Final = 0.01
@@ -41,86 +40,6 @@ log = logging.getLogger(__name__)
 
 Ending = tuple[Request, Exception | None]
 """Work that is complete, or has failed."""
-
-
-class Work(Request, Generic[T]):
-    """Something that the device computes, in one turn or several. Used once."""
-
-    def __init__(
-        self,
-        *,
-        urgency: Urgency,
-        num_tokens: int,
-        deadline_s: float | None,
-        peer_id: PeerId | None = None,
-        session: object | None = None,
-        key: Hashable | None = None,
-        max_turn_tokens: int = 1 << 30,
-    ) -> None:
-        """``deadline_s``: on ``time.monotonic``'s clock."""
-        super().__init__(
-            urgency=urgency,
-            num_tokens=num_tokens,
-            arrived_s=time.monotonic(),
-            deadline_s=deadline_s,
-            peer_id=peer_id,
-            session=session,
-            key=key,
-            max_turn_tokens=max_turn_tokens,
-        )
-        self._future: asyncio.Future[None] | None = None
-
-    @property
-    def is_heavy(self) -> bool:
-        """Whether :meth:`prepare` and :meth:`result` take so long that the event loop should not do them."""
-        return False
-
-    @property
-    def is_quick(self) -> bool:
-        """Whether the event loop may compute this itself, in so far as the work alone decides that."""
-        return False
-
-    def prepare(self) -> None:
-        """Decode what came, before the work is scheduled; in the event loop or a thread of the engine's.
-
-        Raises:
-            PetalsError: what came is broken.
-        """
-
-    def advance(self, num_tokens: int) -> bool:
-        """Compute one turn alone, in the device's thread, of about so many tokens, pads included.
-
-        Returns whether the result is there.
-
-        Raises:
-            PetalsError: the request is at fault, or can't be served; there will be no further turn.
-        """
-        raise NotImplementedError
-
-    def advance_together(self, parts: Sequence[Part]) -> None:
-        """Compute one turn of this and other work of the same key, in the device's thread."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def result(self) -> T:
-        """What came of it, once it is computed; in the event loop or a thread of the engine's."""
-
-
-@final
-class Call(Work[T]):
-    """A function that is to run in the device's thread."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(urgency=Urgency.DECODE, num_tokens=0, deadline_s=None)
-        self._function = function
-        self._result: T
-
-    def advance(self, num_tokens: int) -> bool:
-        self._result = self._function()
-        return True
-
-    def result(self) -> T:
-        return self._result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +123,7 @@ class Engine:
                 await self._loop.run_in_executor(self._coder, work.prepare)
             else:
                 work.prepare()
-            work._future = self._loop.create_future()
+            work.future = self._loop.create_future()
             with self._lock:
                 if self._is_closed:
                     raise DrainingError("the server is stopping")
@@ -216,7 +135,7 @@ class Engine:
                     self._ring()
             self._settle(finished)
             try:
-                await work._future
+                await work.future
             except asyncio.CancelledError:
                 with self._lock:
                     self._scheduler.remove(work)
@@ -398,7 +317,7 @@ class Engine:
     def _settle(self, finished: Sequence[Ending]) -> None:
         for work, error in finished:
             assert isinstance(work, Work)
-            future = work._future
+            future = work.future
             assert future is not None
             if future.done():
                 continue

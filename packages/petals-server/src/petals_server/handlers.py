@@ -36,7 +36,7 @@ from petals_core.wire.messages import (
 from petals_server.comfort.ledger import ServedLedger
 from petals_server.config import ServerLimits
 from petals_server.contribution.desk import ContributionDesk
-from petals_server.engine import Engine, Work
+from petals_server.engine import Engine
 from petals_server.execution.forward import ForwardWork
 from petals_server.execution.lone import LoneSession, LoneStepWork
 from petals_server.execution.probe import Form
@@ -50,6 +50,7 @@ from petals_server.ring.session import RingSession
 from petals_server.ring.table import RING_REQUESTS, RingTable
 from petals_server.sessions import Reservation, SessionTable
 from petals_server.training_requests import TrainingRequests, is_for_training, read_session_prompts
+from petals_server.work import Work
 
 _FIRST_MESSAGE_TIMEOUT_S: Final = 30.0
 _MAX_SPANS: Final = 16

@@ -25,12 +25,12 @@ from petals_server.adapters import Part, adapted
 from petals_server.columns import Chunk, PositionRuns, expand_positions, take_rows
 from petals_server.deep_prompts import EncodedTensor
 from petals_server.differentiation import ChunkGraph, GraphMeter, OverBudgetError, checkpointed, compute_rows
-from petals_server.engine import Work
 from petals_server.execution.states import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.scheduling.request import Urgency
 from petals_server.threads import ThreadPlan
 from petals_server.tuning_sessions import TuningValues
+from petals_server.work import Work
 
 _FEW_TOKENS: Final = 64
 """The event loop itself encodes results of so many tokens."""

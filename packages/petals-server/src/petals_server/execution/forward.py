@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from petals_core.identity import PeerId
 from petals_core.models.span import Span
 from petals_server.columns import Chunk, spread, take_rows
-from petals_server.engine import Work
 from petals_server.execution.states import EncodedStates, PackedStates, as_mask, default_positions
 from petals_server.scheduling.request import Urgency
 from petals_server.threads import ThreadPlan
+from petals_server.work import Work
 
 
 class StatesWork(Work[EncodedStates]):

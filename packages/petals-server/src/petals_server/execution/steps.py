@@ -20,7 +20,6 @@ from petals_core.identity import PeerId
 from petals_core.models.span import Span
 from petals_server.cache.pages import PageCopy
 from petals_server.cache.tensors import CacheTensors
-from petals_server.engine import Work
 from petals_server.execution import attention, gathered
 from petals_server.execution.batch import Batch, active
 from petals_server.execution.changes import RowChange, changed
@@ -34,6 +33,7 @@ from petals_server.execution.varlen import Kernel, suits
 from petals_server.scheduling.plan import Part, RowPart, Take
 from petals_server.scheduling.request import MAX_DECODE_COLUMNS, Urgency
 from petals_server.threads import ThreadPlan
+from petals_server.work import Work
 
 log = logging.getLogger(__name__)
 
