@@ -160,6 +160,18 @@ def test_what_does_not_fit(model: Any) -> None:
         assert model.generate(prompt(0), max_new_tokens=3, **GREEDY).shape == (1, 9)
 
 
+def test_what_no_server_can_open(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said at once, and no server is taken for one that is at fault."""
+    with (
+        model.inference_session(max_length=10_000_000),
+        pytest.raises(SessionLengthError, match=r"at most 4,194,304 tokens a row, not 10,000,016"),
+    ):
+        model.generate(prompt(0), max_new_tokens=4, **GREEDY)
+    with pytest.raises(InvalidRequestError, match="at most 1,024 rows, not 1,025: split the batch"):
+        model.generate(prompt(0, rows=1025), max_new_tokens=4, **GREEDY)
+    assert not caplog.records
+
+
 def test_misuse(model: Any) -> None:
     with model.inference_session(max_length=8) as session:
         with pytest.raises(InvalidRequestError, match="nothing to go on from: pass a prompt"):

@@ -13,12 +13,13 @@ from petals_core.addresses import Address
 from petals_core.announcement import DTYPES, QUANTIZATIONS, SignedAnnouncement
 from petals_core.errors import ConfigurationError
 from petals_core.identity import Identity
-from petals_core.limits import MIB
+from petals_core.limits import MAX_DEADLINE_S, MIB
 from petals_core.swarm_key import SwarmKey
 from petals_core.wire.compression import MODES, Mode
 
 ACTIVATION_CODECS = ("float32", "float16", "bfloat16", "int8")
 GRADIENT_ENCODINGS = ("float32", "float16", "bfloat16", "int8")
+_MIN_TIMEOUT_S = 0.001
 _PEER = re.compile(r"[a-z2-7]{8,52}")
 
 
@@ -89,8 +90,15 @@ class ClientOptions:
             raise ConfigurationError(
                 f"gradient_encoding {self.gradient_encoding!r} is none of {', '.join(GRADIENT_ENCODINGS)}"
             )
-        if min(self.max_tokens_in_flight, self.micro_batch_tokens or 1, self.part_tokens or 1) < 1:
-            raise ConfigurationError("max_tokens_in_flight, micro_batch_tokens and part_tokens are at least 1")
+        for name in ("max_tokens_in_flight", "micro_batch_tokens", "part_tokens"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigurationError(f"{name} is {number}: give at least 1")
+        for name in ("connect_timeout_s", "step_timeout_s", "open_timeout_s"):
+            if not _MIN_TIMEOUT_S <= getattr(self, name) <= MAX_DEADLINE_S:
+                raise ConfigurationError(
+                    f"{name} {getattr(self, name)} is not between {_MIN_TIMEOUT_S} and {MAX_DEADLINE_S} seconds"
+                )
 
     @classmethod
     def make(

@@ -25,7 +25,8 @@ from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
 from petals_client.training import TrainingRun, TrainingTrace
 from petals_client.window import choose_part_sizes
-from petals_core.errors import InvalidRequestError
+from petals_core.errors import InvalidRequestError, SessionLengthError
+from petals_core.limits import MAX_BATCH_ROWS, MAX_SESSION_TOKENS
 from petals_core.models.architecture import block_count
 from petals_core.models.checkpoint import Checkpoint, resolve_dtype
 from petals_core.models.transformers_quantization import stored_quantization
@@ -153,6 +154,7 @@ class SwarmChain:
         adaptation: Adaptation | None = None,
     ) -> SwarmChainSession:
         """See ``Chain.open_session``."""
+        _check_session(num_rows, max_length)
 
         async def run() -> SwarmSession:
             swarm = await self._ensure_swarm()
@@ -289,3 +291,13 @@ class SwarmChainSession:
     def close(self) -> None:
         """See ``ChainSession.close``."""
         self._thread.start_soon(self._session.close)
+
+
+def _check_session(num_rows: int, max_length: int) -> None:
+    """What no server can open: a server that says so would be taken for one that is at fault."""
+    if num_rows > MAX_BATCH_ROWS:
+        raise InvalidRequestError(f"a session has at most {MAX_BATCH_ROWS:,} rows, not {num_rows:,}: split the batch")
+    if max_length > MAX_SESSION_TOKENS:
+        raise SessionLengthError(
+            f"a session holds at most {MAX_SESSION_TOKENS:,} tokens a row, not {max_length:,}: ask for a shorter one"
+        )

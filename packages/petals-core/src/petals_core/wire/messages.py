@@ -23,6 +23,7 @@ from petals_core.limits import (
     MAX_ANNOUNCEMENT_BYTES,
     MAX_BATCH_ROWS,
     MAX_BLOCKS,
+    MAX_DEADLINE_S,
     MAX_HOPS,
     MAX_MODULE_PATH_CHARS,
     MAX_NAME_CHARS,
@@ -45,7 +46,7 @@ _tensors = schema.sequence(lambda value: value, _MAX_TENSORS)
 """Tensor descriptions as they came; ``petals_core.tensors.codec.TensorSpec.from_wire`` checks them."""
 _fingerprint = schema.text(64)
 _block = schema.integer(0, MAX_BLOCKS)
-_deadline_ms = schema.integer(1, 3_600_000)
+_deadline_ms = schema.integer(1, 1000 * MAX_DEADLINE_S)
 _duration_us = schema.integer(0, 1 << 40)
 _session_id = schema.binary(SESSION_ID_BYTES, SESSION_ID_BYTES)
 _step = schema.integer(0, 1 << 53)
