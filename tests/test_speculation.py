@@ -231,6 +231,8 @@ def test_a_folder_without_a_model(demo: Any, tmp_path: Path) -> None:
 
     with pytest.raises(ConfigurationError, match="can't be loaded"):
         demo.model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, draft_model=str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"can't be loaded: there is no folder \./nowhere: check the path"):
+        demo.model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, draft_model="./nowhere")
 
 
 def test_a_draft_model_with_another_tokenizer(demo: Any, pairs: Any) -> None:

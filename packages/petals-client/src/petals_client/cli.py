@@ -199,7 +199,10 @@ def chat(
     blocked_servers: BlockedServers = None,
     verbose: Verbose = False,
 ) -> None:
-    """Hold a conversation; the servers keep what was said, so that only new tokens travel."""
+    """Hold a conversation.
+
+    The servers keep what was said, so that only new tokens travel.
+    """
     from petals_client.client import generation_settings
 
     settings = generation_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
@@ -234,7 +237,7 @@ def status(
     blocked_servers: BlockedServers = None,
     verbose: Verbose = False,
 ) -> None:
-    """Show a model's live servers and the chain that a client would use."""
+    """Show a model's live servers, and the chain a client would use."""
     options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
     _set_up_logging(verbose)
     from petals_client.status import read_status
@@ -259,7 +262,7 @@ def route(
     blocked_servers: BlockedServers = None,
     verbose: Verbose = False,
 ) -> None:
-    """Show the chain that a session would use, what its edges cost, and why others lost."""
+    """Show a session's chain, what it costs, and why others lost."""
     options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers)
     _set_up_logging(verbose)
     from petals_client.swarm_chain import SwarmChain

@@ -50,7 +50,9 @@ class ClientStatus:
         return tuple(find_gaps(((server.start, server.end) for server in self.servers), 0, self.num_blocks))
 
     def __str__(self) -> str:
-        lines = [f"{self.model} ({self.fingerprint[:12]}): {self.num_blocks} blocks, {len(self.servers)} servers"]
+        count = len(self.servers)
+        servers = f"{count} server{'' if count == 1 else 's'}"
+        lines = [f"{self.model} ({self.fingerprint[:12]}): {self.num_blocks} blocks, {servers}"]
         for server in self.servers:
             measured = "not measured" if server.round_trip_s is None else f"{1000 * server.round_trip_s:.1f} ms"
             weights = server.torch_dtype if server.quantization == "none" else server.quantization

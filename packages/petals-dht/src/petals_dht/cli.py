@@ -185,7 +185,7 @@ def show(
     ] = 10.0,
     verbose: Verbose = False,
 ) -> None:
-    """Show the models of a swarm, the servers of each, and blocks that nobody serves.
+    """Show a swarm's models, their servers, and blocks nobody serves.
 
     The strip has one character per block: how many servers hold it, or · for a block that is missing.
     """
@@ -221,7 +221,7 @@ def monitor(
     ] = 10.0,
     verbose: Verbose = False,
 ) -> None:
-    """Watch a swarm: coverage, servers, warnings, and the route from here.
+    """Watch a swarm: coverage, servers, warnings, a route through it.
 
     Every server is connected to, so that those that announce themselves and do not answer are seen. Keys: s sorts, r
     turns the order around, / filters (by name, state, version, adapter or block), arrows select, enter opens one

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation import logits_process
 
 from petals_client.speculation.drafts import Drafts
-from petals_core.errors import ConfigurationError, InvalidRequestError
+from petals_core.errors import CheckpointError, ConfigurationError, InvalidRequestError
+from petals_core.models.sources import open_source
+from petals_core.models.transformers_loading import quiet_and_sequential
 from petals_core.models.transformers_structure import takes_position_ids
 
 _REPEATABLE = tuple(
@@ -52,8 +54,10 @@ def load_draft_model(name_or_path: str) -> Any:
         ConfigurationError: it can't be loaded.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path).eval()
-    except (OSError, ValueError) as error:
+        open_source(name_or_path)
+        with quiet_and_sequential():
+            return AutoModelForCausalLM.from_pretrained(name_or_path).eval()
+    except (CheckpointError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigurationError(f"the draft model {name_or_path} can't be loaded: {reason}") from None
 

@@ -41,7 +41,7 @@ def make_subclass(base: type[PreTrainedModel], after_init: Callable[[PreTrainedM
 
 
 @contextmanager
-def _quiet_and_sequential() -> Iterator[None]:
+def quiet_and_sequential() -> Iterator[None]:
     """Load one tensor at a time, without Transformers' progress bar and its report of several lines.
 
     By default Transformers reads all tensors ahead in threads, so that converted weights (fused experts, another dtype)
@@ -104,7 +104,7 @@ def load(
     if device.type != "cpu" or is_quantized:
         arguments["device_map"] = {"": device}
     try:
-        with _quiet_and_sequential():
+        with quiet_and_sequential():
             loaded: Any = model_class.from_pretrained(None, config=config, **arguments)
     except torch.OutOfMemoryError:
         raise NotEnoughMemoryError(f"the weights do not fit the memory of {device}: serve fewer blocks") from None
