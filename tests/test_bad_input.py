@@ -215,6 +215,12 @@ def test_not_enough_memory(serve: Refuse, tmp_path: Path) -> None:
     assert "MiB are free" in line or "there is no memory" in line
 
 
+def test_more_cache_than_there_is_memory(serve: Refuse, checkpoint: Path) -> None:
+    line = serve(checkpoint, *NEW_SWARM, "--attn-cache-tokens", 10**17)  # no address space holds them
+    assert "there is not enough memory on cpu for blocks 0:3" in line
+    assert "lower --attn-cache-tokens" in line
+
+
 def test_device_that_is_not_there(serve: Refuse, checkpoint: Path) -> None:
     assert "there is no device cuda:99" in serve(checkpoint, *NEW_SWARM, "--device", "cuda:99")
 

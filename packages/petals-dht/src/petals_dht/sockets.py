@@ -34,7 +34,7 @@ def bind_udp(host: str | None, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(family, socket.SOCK_DGRAM)
     except OSError as error:
-        raise ConfigurationError(f"can't listen on {host}: {error.strerror or error}") from error
+        raise explain_bind_error(error, host, port) from error
     try:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
@@ -44,12 +44,24 @@ def bind_udp(host: str | None, port: int) -> socket.socket:
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigurationError(f"port {port} is in use: choose another with --port") from error
-        if error.errno == errno.EACCES:
-            raise ConfigurationError(f"port {port} needs privileges: choose one over 1023 with --port") from error
-        raise ConfigurationError(f"can't listen on {host}: {error.strerror or error}") from error
+        raise explain_bind_error(error, host, port) from error
     return sock
+
+
+def explain_bind_error(error: OSError, host: str, port: int) -> ConfigurationError:
+    """What to tell a user who asked to listen there."""
+    if isinstance(error, socket.gaierror):
+        return ConfigurationError(f"can't listen on {host}: the name is not known; give an address of this machine")
+    if error.errno == errno.EADDRINUSE:
+        return ConfigurationError(f"port {port} is in use: choose another with --port, or 0 for a free one")
+    if error.errno == errno.EACCES:
+        return ConfigurationError(f"port {port} needs privileges: choose one over 1023 with --port")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return ConfigurationError(
+            f"can't listen on {host}: it is no address of this machine; give one of its own, or 0.0.0.0 for all, and "
+            "with --announce-host the one by which others reach it"
+        )
+    return ConfigurationError(f"can't listen on {host} port {port}: {error.strerror or error}")
 
 
 def families_of(sock: socket.socket) -> frozenset[int]:

@@ -51,6 +51,11 @@ class Outcome:
     failures: list[tuple[Request, Exception]]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was no memory, of any device; torch's own for the CPU has no class."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
 class Engine:
     """Runs work on the device, turn by turn. Belongs to the event loop that made it."""
 
@@ -282,7 +287,7 @@ class Engine:
         """What a client is told of an error."""
         if isinstance(error, PetalsError) or isinstance(request, Call):
             return error
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             log.warning("no memory for a request of %d tokens", request.num_tokens)
             return OverloadedError(
                 "the server has no memory for the request now", retry_after_s=self._limits.retry_after_s

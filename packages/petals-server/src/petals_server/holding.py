@@ -9,13 +9,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from petals_core.addresses import Address
-from petals_core.errors import DrainingError, OverloadedError
+from petals_core.errors import DrainingError, NotEnoughMemoryError, OverloadedError
 from petals_core.net.dialer import Dialer
 from petals_core.net.stream import Stream
 from petals_server.comfort.ledger import ServedLedger
 from petals_server.config import ServerConfig
 from petals_server.contribution.desk import ContributionDesk
-from petals_server.engine import Engine
+from petals_server.engine import Engine, is_out_of_memory
 from petals_server.speed import Speed, Speedometer
 
 if TYPE_CHECKING:
@@ -200,4 +200,12 @@ def _open_model(config: ServerConfig, progress: ProgressCallback | None) -> Open
 def _load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) -> ServedModel:
     from petals_server.loading import load_model
 
-    return load_model(opened, start, end, config)
+    try:
+        return load_model(opened, start, end, config)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(
+            f"there is not enough memory on {opened.device} for blocks {start}:{end} and what computing them takes: "
+            "serve fewer with --num-blocks, lower --attn-cache-tokens, or free memory"
+        ) from error

@@ -9,7 +9,7 @@ from typing import Final
 
 from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError
-from petals_dht.sockets import bind_udp
+from petals_dht.sockets import bind_udp, explain_bind_error
 from petals_server.config import DEFAULT_PORT
 
 LOOPBACK: Final = "127.0.0.1"
@@ -111,11 +111,5 @@ def _bind_tcp(host: str | None, port: int) -> socket.socket:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         is_dual = place[0] == "::" and socket.has_dualstack_ipv6()
         return socket.create_server((place[0], port), family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)
-    except socket.gaierror as error:
-        raise ConfigurationError(f"can't listen on {host}: the name is not known") from error
     except OSError as error:
-        if port and "in use" in str(error):
-            raise ConfigurationError(
-                f"port {port} is in use: choose another with --port, or 0 for a free one"
-            ) from error
-        raise ConfigurationError(f"can't listen on {host} port {port}: {error.strerror or error}") from error
+        raise explain_bind_error(error, host, port) from error
