@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
 from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.span import load_span
@@ -17,25 +19,34 @@ from petals_server.execution.batch import Batch, active
 from petals_server.execution.linear import Linear
 from petals_server.execution.probe import Form, find_layout
 from petals_server.execution.programs import RecordingError, StepPrograms
+from petals_server.execution.rewriting import RULES, Rewriter, Rule
 from petals_server.scheduling.plan import RowPart
 
 
 class Bench:
     """A span of two blocks, a cache and one row in it."""
 
-    def __init__(self, folder: Path, family: str, *, width: int = 64) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        family: str,
+        *,
+        width: int = 64,
+        dtype: torch.dtype = torch.float32,
+        rules: Sequence[Rule] = RULES,
+    ) -> None:
         self.width = width
         make_checkpoint(folder, family, num_blocks=2, hidden_size=width)
-        self.span = load_span(Checkpoint.open(folder), 0, 2)
+        self.span = load_span(Checkpoint.open(folder), 0, 2, dtype=dtype)
         layout = find_layout(self.span)
         assert layout.form is Form.PACKED
         windows = [kind.window for kind in layout.kinds]
         pages = CachePages(plan_groups(windows, num_tokens=400, page_tokens=4), page_tokens=4)
-        self.cache = CacheTensors(layout.kinds, pages, dtype=torch.float32, device=torch.device("cpu"))
+        self.cache = CacheTensors(layout.kinds, pages, dtype=dtype, device=torch.device("cpu"))
         self.table: SessionPages = pages.open(1)
         self.table.grow([0], [120])
         self.table.grow_window(0, 0, 120)
-        self.programs = StepPrograms(self.span)
+        self.programs = StepPrograms(self.span, rules=rules)
         self.generator = torch.Generator().manual_seed(0)
 
     def batch(self, past: int, count: int) -> Batch:
@@ -43,7 +54,7 @@ class Bench:
         return Batch([row], self.cache, first_layer=0)
 
     def states(self, count: int) -> torch.Tensor:
-        return torch.randn(count, self.width, generator=self.generator)
+        return torch.randn(count, self.width, generator=self.generator).to(self.span.dtype)
 
     @torch.inference_mode()
     def plain(self, hidden: torch.Tensor, past: int) -> torch.Tensor:
@@ -68,6 +79,45 @@ def test_programs_compute_what_the_model_computes(family: str, tmp_path: Path) -
         hidden = bench.states(count)
         assert torch.equal(bench.replayed(hidden, past), bench.plain(hidden, past))
         past += count
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_programs_in_bfloat16_compute_what_the_model_computes(family: str, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, family, dtype=torch.bfloat16)
+    bench.plain(bench.states(20), 0)
+    for past, count in ((20, 1), (21, 3), (24, 1)):
+        hidden = bench.states(count)
+        assert torch.equal(bench.replayed(hidden, past), bench.plain(hidden, past))
+
+
+def gelu_for_silu(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+    """Another result."""
+    if node.target is not torch._C._nn.silu:
+        return None
+    return rewriter.call(torch._C._nn.gelu, *node.args, form=node.meta["form"])
+
+
+def cosines_for_sines(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+    """Other keys: a first token attends to itself alone, so that nothing else changes."""
+    if node.target is not torch.sin:
+        return None
+    return rewriter.call(torch.cos, *node.args, form=node.meta["form"])
+
+
+def broken(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+    raise ValueError("something unforeseen")
+
+
+@pytest.mark.parametrize("rule", [gelu_for_silu, cosines_for_sines, broken])
+def test_a_rule_that_changes_results_or_fails_is_not_used(rule: Rule, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "llama", rules=[rule])
+    for past in (0, 1, 2, 3):
+        hidden = bench.states(1)
+        output = bench.replayed(hidden, past)
+        kept = [each.clone() for each in bench.cache.keys_SGD]
+        assert torch.equal(output, bench.plain(hidden, past))
+        assert all(map(torch.equal, kept, bench.cache.keys_SGD))
+    assert bench.programs.is_traced
 
 
 def test_programs_of_large_layers_compute_what_the_layers_compute(tmp_path: Path) -> None:

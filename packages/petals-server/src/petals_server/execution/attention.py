@@ -50,52 +50,50 @@ def attend(
     """
     batch = batches.current()
     assert batch is not None, "packed attention outside of a packed batch"
-    return attend_in(batch, cast(int, module.layer_idx), query, key, value, scaling, softcap, s_aux), None
+    output_TE = attend_in(batch, cast(int, module.layer_idx), query[0], key[0], value[0], scaling, softcap, s_aux)
+    return output_TE.view(1, batch.num_tokens, query.shape[1], -1), None
 
 
 def attend_in(
     batch: Batch,
     block: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query_HTD: torch.Tensor,
+    key_GTD: torch.Tensor,
+    value_GTD: torch.Tensor,
     scaling: float | None,
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same in a batch, for a block of the span."""
+    """The same in a batch, for a block of the span; returns [T, H * D]."""
     layer = batch.first_layer + block
     cache = batch.cache
     slots_T = batch.slots_T(cache.group_of[layer])
     keys_SGD, values_SGD = cache.keys_SGD[layer], cache.values_SGD[layer]
-    keys_SGD.index_copy_(0, slots_T, key[0].transpose(0, 1))
-    values_SGD.index_copy_(0, slots_T, value[0].transpose(0, 1))
-    num_heads, head_size = query.shape[1], query.shape[3]
-    scale = head_size**-0.5 if scaling is None else scaling
+    keys_SGD.index_copy_(0, slots_T, key_GTD.transpose(0, 1))
+    values_SGD.index_copy_(0, slots_T, value_GTD.transpose(0, 1))
+    scale = int(query_HTD.shape[2]) ** -0.5 if scaling is None else scaling
     kind = cache.kinds[layer]
     if batch.kernel is not None and softcap is None and s_aux is None and batch.uses_kernel(kind):
         output_THD = batch.kernel(
-            query[0].transpose(0, 1),
+            query_HTD.transpose(0, 1),
             cache.paged(keys_SGD),
             cache.paged(values_SGD),
             batch.paged(cache.group_of[layer]),
             scale=scale,
             window=kind.window,
         )
-        return output_THD[None]
+        return output_THD.flatten(1)
     views = batch.views(layer)
     if len(views) == 1:
-        output_TE = _attend_row(query[0], keys_SGD, values_SGD, views[0], scale, softcap, s_aux)
-    else:
-        output_TE = torch.cat(
-            [
-                _attend_row(
-                    query[0, :, view.start : view.start + view.count], keys_SGD, values_SGD, view, scale, softcap, s_aux
-                )
-                for view in views
-            ]
-        )
-    return output_TE.view(1, batch.num_tokens, num_heads, -1)
+        return _attend_row(query_HTD, keys_SGD, values_SGD, views[0], scale, softcap, s_aux)
+    return torch.cat(
+        [
+            _attend_row(
+                query_HTD[:, view.start : view.start + view.count], keys_SGD, values_SGD, view, scale, softcap, s_aux
+            )
+            for view in views
+        ]
+    )
 
 
 def _attend_row(
@@ -113,17 +111,19 @@ def _attend_row(
     else:
         keys_KGD, values_KGD = keys_SGD.index_select(0, view.slots), values_SGD.index_select(0, view.slots)
     keys_GKD, values_GKD = keys_KGD.transpose(0, 1), values_KGD.transpose(0, 1)
-    num_heads, count, _ = query_HND.shape
-    num_groups = keys_GKD.shape[0]
+    # A trace holds sizes as numbers, where they would be tensors to compute with.
+    num_heads, count, size = map(int, query_HND.shape)
+    num_groups = int(keys_GKD.shape[0])
     if softcap is not None or sinks_H is not None:
         output_HND = _attend_by_scores(query_HND, keys_GKD, values_GKD, view, scale, softcap, sinks_H)
     elif count == 1:
-        folded = query_HND.reshape(1, num_groups, num_heads // num_groups, -1)
-        if num_groups == num_heads and folded.dtype is torch.bfloat16 and folded.device.type == "cpu":
+        folded = query_HND.reshape(1, num_groups, num_heads // num_groups, size)
+        is_doubled = num_groups == num_heads and folded.dtype is torch.bfloat16 and folded.device.type == "cpu"
+        if is_doubled:
             # With one query to a head torch 2.13 takes 3 to 6 times as long as with two (AVX-512, 64 to 4,096 keys).
             folded = folded.expand(1, num_heads, 2, -1).contiguous()
         output = functional.scaled_dot_product_attention(folded, keys_GKD[None], values_GKD[None], scale=scale)
-        return output[:, :, : num_heads // num_groups].reshape(1, -1)
+        return (output[:, :, :1] if is_doubled else output).reshape(1, -1)
     elif view.mask is not None and count <= _MAX_FOLDED:
         per_group = num_heads // num_groups
         folded = query_HND.reshape(1, num_groups, per_group * count, -1)

@@ -2,8 +2,9 @@
 
 With few tokens what a CPU does between two operations takes longer than many of them. A turn is recorded the first time
 that one of its size comes: its operations are noted as they run, and become one function that calls the same operations
-in the same order, so that results are equal to the last bit. Attention is noted as one call and looks up its batch each
-time. What depends on the content of tensors is no program, and is computed as before.
+in the same order, or cheaper ones that give the same bits (:mod:`petals_server.execution.rewriting`). Attention is
+noted as one call and looks up its batch each time. What depends on the content of tensors is no program, and is
+computed as before.
 
 Letters: T tokens of the packed row, H hidden size.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import logging
 import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, Final, cast
 
@@ -28,6 +29,7 @@ from petals_core.models import transformers_attention
 from petals_core.models.span import Span
 from petals_server.execution import attention, linear
 from petals_server.execution.batch import Batch
+from petals_server.execution.rewriting import RULES, Constants, Rule, note_form, rewrite
 from petals_server.execution.traces import LoneTrace, Program
 
 log = logging.getLogger(__name__)
@@ -50,8 +52,10 @@ class RecordingError(Exception):
 class StepPrograms:
     """Programs of one span, by the number of tokens. Used in the device's thread."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, span: Span, *, rules: Sequence[Rule] = RULES) -> None:
+        """``rules``: how recorded operations are written anew."""
         self._span = span
+        self._rules = rules
         self._programs: dict[int, Program] = {}
         self._trace: LoneTrace | None = None
         """The program for one token."""
@@ -83,12 +87,10 @@ class StepPrograms:
         if program is not None:
             return program(hidden_TH, positions_T, batch)
         try:
-            output_TH, program = _record(self._span, hidden_TH, positions_T, batch)
+            output_TH, programs = _record(self._span, self._rules, hidden_TH, positions_T, batch)
             if output_TH.isnan().any():
                 return output_TH  # nothing to compare with
-            # Computing again writes the same keys and values to the same places.
-            if not torch.equal(program(hidden_TH, positions_T, batch), output_TH):
-                raise RecordingError("the program computes something else")
+            program = self._first_right(programs, output_TH, hidden_TH, positions_T, batch)
         except Exception as error:  # whatever blocks do that no program holds
             self.is_broken = True
             raise RecordingError(str(error) or type(error).__name__) from error
@@ -96,6 +98,35 @@ class StepPrograms:
         if hidden_TH.shape[0] == 1:
             self._trace = self._make_trace(program, output_TH, hidden_TH, positions_T, batch)
         return output_TH
+
+    def _first_right(
+        self,
+        programs: Sequence[Program],
+        output_TH: torch.Tensor,
+        hidden_TH: torch.Tensor,
+        positions_T: torch.Tensor,
+        batch: Batch,
+    ) -> Program:
+        """The first program that computes what was computed, and keeps the same keys and values."""
+        kept = self._kept(batch)
+        for program in programs:
+            try:
+                again_TH = program(hidden_TH, positions_T, batch)
+            except Exception as error:  # whatever is wrong with it
+                log.debug("a recorded program fails: %s", error)
+                continue
+            if torch.equal(again_TH, output_TH) and all(map(torch.equal, kept, self._kept(batch))):
+                return program
+            log.debug("a recorded program computes something else")
+        raise RecordingError("the program computes something else")
+
+    def _kept(self, batch: Batch) -> list[torch.Tensor]:
+        """Copies of the keys and values of a batch's tokens."""
+        return [
+            tensors_SGD[layer].index_select(0, batch.slots_T(batch.cache.group_of[layer]))
+            for layer in range(batch.first_layer, batch.first_layer + self._span.num_blocks)
+            for tensors_SGD in (batch.cache.keys_SGD, batch.cache.values_SGD)
+        ]
 
     def _make_trace(
         self,
@@ -116,14 +147,14 @@ class StepPrograms:
         return None
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes operations in a graph while they run."""
 
     def __init__(self, inputs: Sequence[torch.Tensor], batch: Batch) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self._batch = batch
-        self.constants: list[torch.Tensor] = []
+        self.constants: Constants = {}
         """Tensors that are older than the recording: weights."""
         self._nodes: dict[int, Any] = {}
         self._alive: list[Any] = []
@@ -150,19 +181,31 @@ class _Recorder(TorchDispatchMode):
         self, module: torch.nn.Module, states: Sequence[torch.Tensor], options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, None]:
         """Attend, and note no more than that."""
-        given: list[Any] = [cast(int, module.layer_idx), *states, *map(options.get, attention.OPTIONS)]
+        firsts = [each[0] for each in states]
+        given: list[Any] = [cast(int, module.layer_idx), *firsts, *map(options.get, attention.OPTIONS)]
         self._is_noting = False
         try:
             output = attention.attend_in(self._batch, *given)
         finally:
             self._is_noting = True
         self._know(output, self.graph.call_function(attention.attend_in, (self._batch_node, *self._as_nodes(given))))
-        return output, None
+        return output.view(1, *states[0].shape[2:0:-1], -1), None
 
-    def finish(self, output: torch.Tensor) -> Callable[..., torch.Tensor]:
-        """The program: takes the inputs, the batch and then the constants."""
+    def finish(self, output: torch.Tensor, rules: Sequence[Rule]) -> list[Program]:
+        """The programs: what was noted, written anew, and as it is."""
         self.graph.output(self._as_nodes(output))
-        return cast(Callable[..., torch.Tensor], fx.GraphModule({}, self.graph).forward)
+        plain = self._compiled()
+        try:
+            rewrite(self.graph, self.constants, rules)
+        except Exception as error:  # operations called in a way that no rule foresaw
+            log.debug("a recorded step stays as it is: %s", error)
+            return [plain]
+        return [self._compiled(), plain]
+
+    def _compiled(self) -> Program:
+        function = fx.GraphModule({}, self.graph).forward
+        constants = [self.constants[node] for node in self.graph.nodes if node in self.constants]
+        return lambda hidden_TH, positions_T, batch: function(hidden_TH, positions_T, batch, *constants)
 
     def _note(self, function: Any, given: Sequence[Any], options: dict[str, Any], output: Any) -> None:
         """Note an operation under the name that takes least time to call."""
@@ -189,6 +232,7 @@ class _Recorder(TorchDispatchMode):
                     self._know(each, self.graph.call_function(operator.getitem, (node, index)))
 
     def _know(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        note_form(node, tensor)
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
 
@@ -201,7 +245,7 @@ class _Recorder(TorchDispatchMode):
             with self.graph.inserting_after(self._last_placeholder):
                 node = self.graph.placeholder(f"constant_{len(self.constants)}")
             self._last_placeholder = node
-            self.constants.append(tensor)
+            self.constants[node] = tensor
             self._know(tensor, node)
         return node
 
@@ -214,17 +258,16 @@ def _looks_into_tensors(function: Any, args: Sequence[Any]) -> bool:
 
 
 def _record(
-    span: Span, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch
-) -> tuple[torch.Tensor, Program]:
-    recorder = _Recorder((hidden_TH, positions_T), batch)
+    span: Span, rules: Sequence[Rule], hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, list[Program]]:
+    recorder = Recorder((hidden_TH, positions_T), batch)
     _state.recorder = recorder
     try:
         with recorder:
             output_TH = span.forward_packed(hidden_TH[None], positions_T[None], attention=_NAME)[0]
     finally:
         _state.recorder = None
-    function, constants = recorder.finish(output_TH), tuple(recorder.constants)
-    return output_TH, lambda hidden_TH, positions_T, batch: function(hidden_TH, positions_T, batch, *constants)
+    return output_TH, recorder.finish(output_TH, rules)
 
 
 def _attend(
@@ -236,7 +279,7 @@ def _attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """In the place of attention while a step is recorded."""
-    recorder: _Recorder = _state.recorder
+    recorder: Recorder = _state.recorder
     return recorder.attend(module, (query, key, value), options)
 
 
