@@ -116,6 +116,19 @@ def test_few_parts_are_carried(new_swarm: Any, folder: Path, span: Span, connect
     assert_same(outputs, rows, span)
 
 
+@pytest.mark.parametrize(("cache_tokens", "goes_around"), [(768, True), (256, False)])
+def test_few_parts_of_many_bytes_go_around_the_ring_where_there_is_room(
+    new_swarm: Any, folder: Path, span: Span, connect: Callable[..., Any], cache_tokens: int, goes_around: bool
+) -> None:
+    swarm = new_swarm()
+    for start, end in SPANS:
+        swarm.add(folder, start, end, cache_tokens=cache_tokens)
+    rows = rows_of(512)
+    outputs, was_around = compute(connect(swarm), rows)
+    assert was_around == goes_around
+    assert_same(outputs, rows, span)
+
+
 @pytest.mark.parametrize("event", ["nothing", "one server leaves", "graphs expire"])
 def test_gradients_of_a_batch_that_went_around(
     new_swarm: Any, folder: Path, span: Span, connect: Callable[..., Any], event: str

@@ -6,7 +6,7 @@ the computing, and next to nothing more. *Prefill* of 2,048 tokens, 20 ms one wa
 each other through the chain, and in one piece; beside the slowest stage, a link or all computing together (the servers
 share this machine's cores), and beside the processor time that everything in the lab took meanwhile, the router and the
 encryption included. *Forward* of as many tokens in 16 rows, without a session and gradients: around the ring in
-micro-batches, and in one piece that the client carries. Compression is off, so that the bytes are those of the states.
+parts, and in one piece. Compression is off, so that the bytes are those of the states.
 Needs root.
 """
 

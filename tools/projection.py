@@ -13,10 +13,10 @@ the first server together; it computes one after another, and the last one still
 
     forward = transfer(all) + micro-batches * compute + (servers - 1) * compute + (2 * servers - 1) * transfer(one)
 
-That is the earlier Petals, and this project with too few micro-batches for a ring. Otherwise its micro-batches go from
-the client around the ring of servers and follow each other, so that all servers and links are at work at once:
+That is the earlier Petals. This project's parts go from the client around the ring of servers and follow each other, so
+that all servers and links are at work at once, once a session is open:
 
-    forward = (servers + 1) * transfer(one) + servers * compute + (micro-batches - 1) * slowest stage
+    forward = opening + (servers + 1) * transfer(one) + servers * compute + (parts - 1) * slowest stage
 
 A transfer is half a round trip and what TCP takes, whose window starts with ten segments and doubles with every round
 trip (RFC 6928, RFC 5681), here up to a bound.
@@ -48,9 +48,10 @@ FORWARD_TOKENS = 128
 """Of each row of a parallel forward."""
 MICRO_BATCH_TOKENS = 1024
 """At most in one micro-batch, by default, in the earlier Petals."""
-PARTS_PER_STAGE, MIN_PART_TOKENS, MAX_PART_TOKENS, MIN_PARTS_PER_SERVER = 4, 128, 512, 2
-"""How this project cuts a forward that goes around the ring, and how many parts it must have (``petals_client.window``,
-``petals_client.ring_forward``)."""
+PARTS_PER_STAGE, MIN_PART_TOKENS, MAX_PART_TOKENS = 4, 128, 512
+"""How this project cuts a forward that goes around the ring, on links that are not slow (``petals_client.window``)."""
+OPENING_ROUND_TRIPS = 3
+"""Of a session."""
 FIRST_WINDOW_BYTES = 10 * 1460
 EARLIER_WINDOW_BYTES = 448_000
 """How much of a transfer of the earlier Petals is under way at most. Not published: chosen for the two rows at 100 ms;
@@ -140,19 +141,17 @@ class Forward:
         )
         return way_s + (num_parts + self.num_servers - 1) * compute_s
 
-    def ring_s(self, row: ForwardRow) -> float | None:
-        """Seconds around the ring; None where there are too few micro-batches, which are carried then."""
+    def ring_s(self, row: ForwardRow) -> float:
+        """Seconds around the ring."""
         num_tokens = row.num_rows * FORWARD_TOKENS
         wanted = -(-num_tokens // (PARTS_PER_STAGE * (self.num_servers + 1)))
         part_tokens = min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, wanted))
         num_parts = -(-num_tokens // part_tokens)
-        if num_parts < MIN_PARTS_PER_SERVER * self.num_servers:
-            return None
         num_bytes = part_tokens * HIDDEN_SIZE * self.state_bytes
         compute_s = micro_batch_s(part_tokens) + self.hop_s
         slowest_s = max(compute_s, 8 * num_bytes / row.rate_bits_per_s)
         first_s = (self.num_servers + 1) * self.transfer_s(row, num_bytes) + self.num_servers * compute_s
-        return first_s + (num_parts - 1) * slowest_s
+        return OPENING_ROUND_TRIPS * row.round_trip_s + first_s + (num_parts - 1) * slowest_s
 
     def transfer_s(self, row: ForwardRow, num_bytes: float) -> float:
         """Seconds until so many bytes have arrived over a connection that was idle."""
@@ -196,8 +195,8 @@ def project_forwards(hop_s: float) -> Sequence[ForwardProjection]:
         ForwardProjection(
             row=row,
             modelled=row.num_rows * FORWARD_TOKENS / earlier.forward_s(row),
-            ours=row.num_rows * FORWARD_TOKENS / (ours[0].ring_s(row) or ours[0].forward_s(row)),
-            ours_in_int8=row.num_rows * FORWARD_TOKENS / (ours[1].ring_s(row) or ours[1].forward_s(row)),
+            ours=row.num_rows * FORWARD_TOKENS / ours[0].ring_s(row),
+            ours_in_int8=row.num_rows * FORWARD_TOKENS / ours[1].ring_s(row),
         )
         for row in FORWARD_ROWS
     ]

@@ -35,7 +35,10 @@ from petals_core.tensors.states import States
 
 _logger = logging.getLogger(__name__)
 _MIN_PARTS_PER_SERVER = 2
-"""With fewer parts, opening the session takes more time than the ring saves."""
+"""With fewer parts, opening the session takes more time than the ring saves, unless there are many bytes."""
+_MANY_BYTES = 128 * 1024
+"""Of states: a connection that was idle needs four round trips for them (RFC 6928), and the client's link would carry
+them twice for each server. Waiting for room in a cache would cost more than that saves."""
 
 _OPEN_TIMEOUT_S = 2.0
 """Beyond it, states that are carried are there earlier: servers without room let a session wait."""
@@ -72,13 +75,9 @@ class RingForward:
         num_hops = max(len(branch.chain) for branch in self._branches)
         max_tokens = self._choose_part_tokens(hidden, num_hops)
         micro_batches = split_rows(row_tokens, position_runs, max_tokens)
-        num_servers = sum(len(branch.chain) for branch in self._branches)
-        num_parts = len(micro_batches)
-        if not self._keeps_graphs:  # else a row can't be cut
-            num_parts = sum(math.ceil(sum(each.row_tokens) / max_tokens) for each in micro_batches)
-        if num_hops == 1 or num_parts < _MIN_PARTS_PER_SERVER * num_servers:
-            return None
         num_rows = max(len(each.row_tokens) for each in micro_batches)
+        if num_hops == 1 or not self._pays(hidden, micro_batches, max_tokens, cache_tokens=num_rows * max(row_tokens)):
+            return None
         output = torch.empty_like(hidden)
         todo = deque(micro_batches)
 
@@ -114,6 +113,20 @@ class RingForward:
                 task.cancel()
             await asyncio.wait(tasks)
         return output
+
+    def _pays(self, hidden: Tensor, micro_batches: Sequence[Part], max_tokens: int, *, cache_tokens: int) -> bool:
+        """Whether the ring saves more time than opening sessions takes."""
+        num_servers = sum(len(branch.chain) for branch in self._branches)
+        if self._keeps_graphs:  # a row can't be cut
+            return len(micro_batches) >= _MIN_PARTS_PER_SERVER * num_servers
+        num_parts = sum(math.ceil(sum(each.row_tokens) / max_tokens) for each in micro_batches)
+        if num_parts >= _MIN_PARTS_PER_SERVER * num_servers:
+            return True
+        if hidden.nbytes < _MANY_BYTES:
+            return False
+        hops = [hop for branch in self._branches for hop in branch.chain]
+        room = [self._swarm.cache_tokens_left(self._servers[hop.peer_id]) for hop in hops]
+        return all(left is None or left >= cache_tokens for left in room)
 
     def _choose_part_tokens(self, hidden: Tensor, num_hops: int) -> int:
         options = self._swarm.options

@@ -185,7 +185,7 @@ class Swarm:
                 is_measured=self.measurements.get(peer_id) is not None,
                 penalty_s=self.health.penalty_s(peer_id, now_s=now_s),
                 penalty_reason=None if (record := self.health.record(peer_id)) is None else record.reason,
-                cache_tokens_left=self._cache_tokens_left(signed),
+                cache_tokens_left=self.cache_tokens_left(signed),
                 excluded_by=self.options.excludes(signed),
             )
             for peer_id, signed in known.items()
@@ -233,7 +233,7 @@ class Swarm:
                     round_trip_s=None if known is None else known.round_trip_s,
                     penalty_s=self.health.penalty_s(peer_id, now_s=now_s),
                     num_sessions=None if known is None else known.num_sessions,
-                    cache_tokens_left=self._cache_tokens_left(signed),
+                    cache_tokens_left=self.cache_tokens_left(signed),
                     cache_tokens=cache_tokens,
                     batch_tokens=batch_tokens,
                     noise=self._rng.random(),
@@ -245,7 +245,8 @@ class Swarm:
         signed = None if peer_id is None else (await self.directory.servers()).get(peer_id)
         return None if signed is None else self._weigh({signed.peer_id: signed})[0]
 
-    def _cache_tokens_left(self, signed: SignedAnnouncement) -> int | None:
+    def cache_tokens_left(self, signed: SignedAnnouncement) -> int | None:
+        """Room in a server's attention cache as it was last measured, or announced; None: nobody knows."""
         known = self.measurements.get(signed.peer_id)
         if known is None or known.cache_tokens_left is None:
             return signed.announcement.cache_tokens_left
