@@ -8,30 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from petals_core.errors import (
-    InvalidRequestError,
-    PetalsError,
-)
+from petals_core.errors import InvalidRequestError, PetalsError
 from petals_core.testing.network import run_clean
-from petals_core.wire.messages import (
-    NewAttempt,
-    Progress,
-    Routed,
-    StepResult,
-)
+from petals_core.wire.messages import NewAttempt, Progress, Routed, StepResult
 from petals_server.testing import TIMEOUT_S, until
-from petals_server.testing.ring import (
-    IDS,
-    STATES,
-    ask,
-    chain,
-    connect,
-    pushed,
-    route,
-    step,
-    stranger,
-    tensor,
-)
+from petals_server.testing.ring import IDS, STATES, ask, chain, connect, pushed, route, step, stranger, tensor
 
 
 def test_who_is_named_may_push_until_another_is(checkpoint: Path) -> None:

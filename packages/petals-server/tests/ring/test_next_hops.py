@@ -7,25 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from petals_core.errors import (
-    NextHopError,
-    PetalsError,
-)
+from petals_core.errors import NextHopError, PetalsError
 from petals_core.testing.network import run_clean
-from petals_core.wire.messages import (
-    Routed,
-)
+from petals_core.wire.messages import Routed
 from petals_server.testing import TIMEOUT_S, until
-from petals_server.testing.ring import (
-    IDS,
-    STATES,
-    announcement,
-    ask,
-    chain,
-    connect,
-    route,
-    step,
-)
+from petals_server.testing.ring import IDS, STATES, announcement, ask, chain, connect, route, step
 
 
 def test_a_next_server_that_can_not_be_reached(checkpoint: Path) -> None:

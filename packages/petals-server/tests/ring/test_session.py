@@ -20,29 +20,9 @@ from petals_core.steps import StepRequest
 from petals_core.tensors.codec import encode
 from petals_core.tensors.states import States
 from petals_core.testing.network import run_clean
-from petals_core.wire.messages import (
-    Progress,
-    ProgressRequest,
-    Replay,
-    Replayed,
-    Route,
-    Routed,
-    Step,
-    StepResult,
-)
+from petals_core.wire.messages import Progress, ProgressRequest, Replay, Replayed, Route, Routed, Step, StepResult
 from petals_server.testing import TIMEOUT_S, until
-from petals_server.testing.ring import (
-    IDS,
-    STATES,
-    announcement,
-    ask,
-    by_hand,
-    chain,
-    connect,
-    route,
-    step,
-    tensor,
-)
+from petals_server.testing.ring import IDS, STATES, announcement, ask, by_hand, chain, connect, route, step, tensor
 
 
 def test_a_step_goes_around(checkpoint: Path) -> None:

@@ -6,31 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from petals_core.errors import (
-    InvalidRequestError,
-    NoSessionError,
-)
+from petals_core.errors import InvalidRequestError, NoSessionError
 from petals_core.testing.network import run_clean
 from petals_core.wire.frames import Priority
-from petals_core.wire.messages import (
-    Progress,
-    ProgressRequest,
-    Push,
-    Replay,
-    Replayed,
-    Routed,
-)
+from petals_core.wire.messages import Progress, ProgressRequest, Push, Replay, Replayed, Routed
 from petals_server.testing import TIMEOUT_S, connected
-from petals_server.testing.ring import (
-    IDS,
-    STATES,
-    ask,
-    chain,
-    connect,
-    route,
-    step,
-    tensor,
-)
+from petals_server.testing.ring import IDS, STATES, ask, chain, connect, route, step, tensor
 
 
 def test_nobody_pushes_into_anothers_session(checkpoint: Path) -> None:
