@@ -126,6 +126,15 @@ def test_sizes_of_a_batch() -> None:
     assert sizes([64, 160], 12e6) == [[64], [128, 32]]
 
 
+@pytest.mark.parametrize(("round_trip_s", "first"), [(0.0005, 128), (0.04, 3), (None, 3)])
+def test_no_part_is_small_where_all_is_near(round_trip_s: float | None, first: int) -> None:
+    sizes = choose_part_sizes(
+        2048, 3, max_tokens=512, token_bytes=4096, link_bytes_per_s=1e8, round_trip_s=round_trip_s
+    )
+    assert sizes[0] == first
+    assert sum(sizes) == 2048
+
+
 def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:
     """A link takes a part whole before the next server begins, so a large one is under way for longer."""
     window = FlightWindow(3)

@@ -268,6 +268,7 @@ class SwarmChainSession:
             part_tokens=options.part_tokens,
             token_bytes=hidden.shape[1] * hidden.element_size(),
             link_bytes_per_s=rate,
+            round_trip_s=self._session.round_trip_s,
         )
         if num_wanted is not None and num_wanted < max(request.row_tokens):
             request = replace(request, wanted=num_wanted)

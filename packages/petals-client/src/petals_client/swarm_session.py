@@ -93,6 +93,11 @@ class SwarmSession:
         """How fast the link to the first server takes bytes; None while nothing has had to wait."""
         return self.hops[0].connection.rate_bytes_per_s if self.hops else None
 
+    @property
+    def round_trip_s(self) -> float | None:
+        """To the first server and back, as it was last measured."""
+        return self.hops[0].connection.rtt_s if self.hops else None
+
     async def open(self, plan: tuple[Chain, Servers] | None = None) -> None:
         """Plan a chain, open the session on each of its servers, and let these find each other.
 

@@ -27,6 +27,8 @@ _MIN_FIRST_TOKENS, _MAX_FIRST_TOKENS = 3, 8
 _LAST_PART_TOKENS = 16
 _MIN_PARTS_WITH_RAMPS = 6
 """Where fewer parts of the full size would do, these are small already."""
+_NEAR_S = 0.01
+"""Where the next server has a part of the full size so soon, small ones cost more computing than they save waiting."""
 _MAX_IN_FLIGHT = 64
 _FIRST_PARTS_PER_STAGE = 3
 """Until the first results say what the chain holds: one for each of its links and servers, and as many again for delays
@@ -45,6 +47,7 @@ def choose_part_sizes(
     part_tokens: int | None = None,
     token_bytes: int,
     link_bytes_per_s: float | None,
+    round_trip_s: float | None = None,
 ) -> list[int]:
     """Tokens of each part of a prompt; ``part_tokens`` asks for equal ones.
 
@@ -54,6 +57,7 @@ def choose_part_sizes(
     Args:
         token_bytes: of the states of one token.
         link_bytes_per_s: what the client's link takes; None: nobody knows yet.
+        round_trip_s: to the first server and back; None: nobody knows.
     """
     if part_tokens is not None:
         return _equal(num_tokens, min(max_tokens, part_tokens))
@@ -62,6 +66,9 @@ def choose_part_sizes(
     if link_bytes_per_s is not None:
         most = most_part_tokens(token_bytes, link_bytes_per_s)
     size = min(max_tokens, size, most)
+    sending_s = math.inf if link_bytes_per_s is None else size * token_bytes / link_bytes_per_s
+    if sending_s + (math.inf if round_trip_s is None else round_trip_s) < _NEAR_S:
+        return _equal(num_tokens, size)
     first = min(_MAX_FIRST_TOKENS, max(_MIN_FIRST_TOKENS, _FIRST_TRIP_BYTES // token_bytes))
     rising, falling = _ramp(first, size), _ramp(_LAST_PART_TOKENS, size)[::-1]
     if num_tokens < max(_MIN_PARTS_WITH_RAMPS * size, sum(rising) + sum(falling)):
