@@ -69,7 +69,7 @@ class Bench:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "phi3", "gpt2", "mixtral", "deepseek_v3"]
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss", "phi3", "gpt2", "mixtral", "deepseek_v3"]
 )
 def test_programs_compute_what_the_model_computes(family: str, tmp_path: Path) -> None:
     bench = Bench(tmp_path, family)
@@ -79,6 +79,7 @@ def test_programs_compute_what_the_model_computes(family: str, tmp_path: Path) -
         hidden = bench.states(count)
         assert torch.equal(bench.replayed(hidden, past), bench.plain(hidden, past))
         past += count
+    assert bench.programs.is_traced
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

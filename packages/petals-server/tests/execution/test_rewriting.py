@@ -56,6 +56,7 @@ def rotated(states: torch.Tensor) -> torch.Tensor:
 
 
 ANGLES, WEIGHT, BIAS = random(8), random(24, 16), random(24)
+TURNED = WEIGHT.t().contiguous()
 CASES: dict[str, tuple[Function, tuple[int, ...], list[str], list[str]]] = {
     "ones": (lambda x: torch.exp(x) * 1.0, (3, 4), ["exp", "mul"], ["exp"]),
     "squares": (lambda x: x.pow(2), (3, 4), ["pow"], ["mul"]),
@@ -100,7 +101,13 @@ CASES: dict[str, tuple[Function, tuple[int, ...], list[str], list[str]]] = {
         ["sin", "slice", "slice", "mul_", "cat", "mul_"],
     ),
     "linear layers": (lambda x: functional.linear(x, WEIGHT), (3, 16), ["linear"], ["mm"]),
-    "linear layers with a bias": (lambda x: functional.linear(x, WEIGHT, BIAS), (3, 16), ["linear"], ["addmm"]),
+    "linear layers with a bias": (
+        lambda x: functional.linear(x[None], WEIGHT, BIAS)[0],
+        (3, 16),
+        ["unsqueeze", "linear", "select"],
+        ["linear"],
+    ),
+    "products and a bias": (lambda x: torch.addmm(BIAS, x, TURNED), (3, 16), ["addmm"], ["linear"]),
     "numbers": (lambda x: (x - 0.1) / 3, (3, 4), ["sub", "div"], ["sub", "div_"]),
     "results that nobody else reads": (
         lambda x: BIAS * functional.silu(functional.linear(x, WEIGHT)),

@@ -214,15 +214,22 @@ def turn_signs(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
 
 def multiply_matrices(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     """A linear layer of [T, K] is a product with its weight transposed, which is the same memory; torch's way too."""
-    if _name(node) != "linear" or node.kwargs or len(_shape(node)) != 2:
+    if _name(node) != "linear" or node.kwargs or len(_shape(node)) != 2 or node.args[2:] not in ((), (None,)):
         return None
-    states, weight, *bias = node.args
+    states, weight = node.args[:2]
     if weight not in rewriter.constants:
         return None
-    transposed = rewriter.constant(("transposed", weight), rewriter.constants[cast(fx.Node, weight)].t)
-    if not bias or bias[0] is None:
-        return rewriter.call(torch.mm, states, transposed, form=_form(node))
-    return rewriter.call(torch.addmm, bias[0], states, transposed, form=_form(node))
+    return rewriter.call(torch.mm, states, _transposed(rewriter, weight), form=_form(node))
+
+
+def keep_sums(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+    """A product to which a bias is added is what a linear layer computes; traces would take it apart."""
+    if _name(node) != "addmm" or node.kwargs or len(node.args) != 3:
+        return None
+    bias, states, weight = node.args
+    if weight not in rewriter.constants or len(_shape(bias)) != 1:
+        return None
+    return rewriter.call(torch._C._nn.linear, states, _transposed(rewriter, weight), bias, form=_form(node))
 
 
 def join_sums(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
@@ -276,12 +283,17 @@ RULES: Final[tuple[Rule, ...]] = (
     join_equals,
     turn_signs,
     multiply_matrices,
+    keep_sums,
     join_sums,
     keep_numbers,
     join_equals,
     write_over,
 )
 """In their order."""
+
+
+def _transposed(rewriter: Rewriter, weight: Any) -> fx.Node:
+    return rewriter.constant(("transposed", weight), rewriter.constants[weight].t)
 
 
 Flattened = fx.Node | Sequence[Any] | None
