@@ -1,7 +1,8 @@
 """What multiplying linear layers by oneDNN brings on this CPU: ``python3 tools/bench_linear.py``.
 
 The linear layers of the bench model's 12 blocks in float32, computed one after another by torch as it is and as servers
-compute them (``petals_server.execution.linear``), in turns; the least time of several rounds, by the number of rows.
+compute them (``petals_server.execution.linear``), with the weights as they are and packed, in turns; the least time of
+several rounds, by the number of rows.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ def seconds(layers: list[nn.Linear], num_rows: int) -> float:
     return time.perf_counter() - started_s
 
 
-def make_layer(kind: type[nn.Linear], weight: torch.Tensor) -> nn.Linear:
+def make_layer(kind: type[nn.Linear], weight: torch.Tensor, *, is_packed: bool = False) -> nn.Linear:
     num_outputs, num_inputs = weight.shape
     layer = kind(num_inputs, num_outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(layer, linear.Linear) and is_packed:
+        linear.Packing([layer])
     return layer
 
 
@@ -58,12 +61,21 @@ def main() -> int:
         print("this torch comes without oneDNN", file=sys.stderr)
         return 1
     weights = [torch.randn(shape) for _ in range(NUM_BLOCKS) for shape in SHAPES]
-    candidates = [[make_layer(kind, weight) for weight in weights] for kind in (nn.Linear, linear.Linear)]
-    table = Table("rows", "torch, ms", "oneDNN, ms", "times as fast", title=f"{options.threads} thread(s)")
+    candidates = [
+        [make_layer(nn.Linear, weight) for weight in weights],
+        [make_layer(linear.Linear, weight) for weight in weights],
+        [make_layer(linear.Linear, weight, is_packed=True) for weight in weights],
+    ]
+    columns = ("torch, ms", "oneDNN, ms", "times as fast", "packed, ms", "times as fast")
+    table = Table("rows", *columns, title=f"{options.threads} thread(s)")
     for num_rows in ROWS:
         times = [[seconds(layers, num_rows) for layers in candidates] for _ in range(options.rounds)]
-        plain_s, fast_s = (min(column) for column in zip(*times, strict=True))
-        table.add_row(str(num_rows), f"{1e3 * plain_s:.1f}", f"{1e3 * fast_s:.1f}", f"{plain_s / fast_s:.2f}")
+        plain_s, fast_s, packed_s = (min(column) for column in zip(*times, strict=True))
+        table.add_row(
+            str(num_rows),
+            *(f"{1e3 * plain_s:.1f}", f"{1e3 * fast_s:.1f}", f"{plain_s / fast_s:.2f}"),
+            *(f"{1e3 * packed_s:.1f}", f"{plain_s / packed_s:.2f}"),
+        )
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     console.print(

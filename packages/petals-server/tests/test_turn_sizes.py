@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from petals_core.identity import Identity
 from petals_core.models.checkpoint import Checkpoint
@@ -17,7 +20,9 @@ from petals_core.models.span import Span, load_span
 from petals_core.tensors.codec import TensorSpec, decode, encode
 from petals_core.testing.factories import make_checkpoint
 from petals_server.deep_prompts import EncodedTensor
+from petals_server.execution import linear
 from petals_server.execution.forward import ForwardWork
+from petals_server.execution.linear import Linear, Packing
 from petals_server.execution.states import EncodedStates, PackedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.threads import ThreadPlan
@@ -42,6 +47,11 @@ def encoded(tensor: torch.Tensor) -> tuple[TensorSpec, memoryview]:
 
 def decoded(result: EncodedStates) -> torch.Tensor:
     return decode(result.spec, memoryview(b"".join(result.buffers)))
+
+
+def as_input(tensor: torch.Tensor) -> EncodedTensor:
+    spec, payload = encoded(tensor)
+    return EncodedTensor(spec=spec, payload=payload)
 
 
 def compute(work: Work[Any], turns: Sequence[int]) -> Any:
@@ -72,9 +82,7 @@ def test_training_may_be_cut_between_rows(
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     states, gradient = (torch.randn(sum(ROWS), 64, generator=generator) for _ in range(2))
-    hidden, of_output = (
-        EncodedTensor(spec=spec, payload=payload) for spec, payload in map(encoded, (states, gradient))
-    )
+    hidden, of_output = map(as_input, (states, gradient))
     leaf = states.clone().requires_grad_()
     expected = torch.cat([span(row[None])[0] for row in leaf.split(ROWS)])
     (expected_gradient,) = torch.autograd.grad(expected, leaf, gradient)
@@ -101,3 +109,40 @@ def test_training_may_be_cut_between_rows(
     (result,) = compute(backward, backward_turns)
     torch.testing.assert_close(decoded(output), expected.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(decoded(result), expected_gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_gradient_finds_weights_in_torchs_order_and_pays_for_none(is_kept: bool, tmp_path: Path) -> None:
+    span = load_span(Checkpoint.open(make_checkpoint(tmp_path, num_blocks=1, hidden_size=512)), 0, 1)
+    generator = torch.Generator().manual_seed(1)
+    states, gradient = (torch.randn(sum(ROWS), 512, generator=generator) for _ in range(2))
+    leaf = states.clone().requires_grad_()
+    expected = torch.cat([span(row[None])[0] for row in leaf.split(ROWS)])
+    (expected_gradient,) = torch.autograd.grad(expected, leaf, gradient)
+    Packing([make_linear(module) for module in span.blocks.modules() if type(module) is nn.Linear])
+    graph, store = Graph(peer_id=OPTIONS["peer_id"]), GraphStore(budget_bytes=1 << 30, lifetime_s=60)
+    hidden, of_output = map(as_input, (states, gradient))
+    request = TrainingRequest(row_tokens=ROWS, position_runs=None, hidden=hidden)
+    if is_kept:
+        forward = TrainingForwardWork(span, THREADS, request, graph=graph, store=store, **OPTIONS)
+        (output,) = compute(forward, [24])
+        torch.testing.assert_close(decoded(output), expected.detach(), atol=1e-5, rtol=1e-5)
+        assert 0 < graph.num_bytes < span.num_bytes
+    backward = BackwardWork(
+        span,
+        THREADS,
+        dataclasses.replace(request, gradient=of_output),
+        graph=graph.content,
+        max_graph_bytes=1 << 30,
+        **OPTIONS,
+    )
+    (result,) = compute(backward, [24])
+    torch.testing.assert_close(decoded(result), expected_gradient, atol=1e-4, rtol=1e-3)
+    assert linear.packing_of(span) is None
+
+
+def make_linear(module: nn.Linear) -> Linear:
+    """Let it be multiplied by oneDNN."""
+    module.__class__ = Linear
+    assert isinstance(module, Linear)
+    return module

@@ -25,6 +25,7 @@ from petals_server.adapters import Part, adapted
 from petals_server.columns import Chunk, PositionRuns, expand_positions, take_rows
 from petals_server.deep_prompts import EncodedTensor
 from petals_server.differentiation import ChunkGraph, GraphMeter, OverBudgetError, checkpointed, compute_rows
+from petals_server.execution import linear
 from petals_server.execution.states import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.scheduling.request import Urgency
@@ -179,8 +180,6 @@ class TrainingForwardWork(_TrainingWork):
         """What is to be kept; None: nothing, or not any more."""
         self._store = store
         self._meter: GraphMeter | None = None
-        if graph is not None:
-            self._meter = GraphMeter(span, lambda num_bytes: store.grow(graph, num_bytes), others_own=self.others_own)
         self._parts: list[tuple[Chunk, ChunkGraph]] = []
         self._outputs: list[torch.Tensor] = []
 
@@ -188,6 +187,7 @@ class TrainingForwardWork(_TrainingWork):
         self.threads.apply(self.urgency)
         if self.num_done == 0:
             self.decode_inputs()
+            self._begin_graph()
         chunk = self.next_chunk(num_tokens)
         part: ChunkGraph | None = None
         if self._meter is not None:
@@ -213,6 +213,14 @@ class TrainingForwardWork(_TrainingWork):
                 parts=tuple(self._parts),
             )
         return True
+
+    def _begin_graph(self) -> None:
+        graph, store = self.graph, self._store
+        if graph is not None:
+            linear.unpack(self.span)
+            self._meter = GraphMeter(
+                self.span, lambda num_bytes: store.grow(graph, num_bytes), others_own=self.others_own
+            )
 
     def _give_up_graph(self) -> None:
         """Keep nothing of this request."""
@@ -282,6 +290,7 @@ class BackwardWork(_TrainingWork):
         self.threads.apply(self.urgency)
         if self.num_done == 0:
             self.decode_inputs()
+            linear.unpack(self.span)
             assert self.request.gradient is not None
             self._gradient_TH = self.request.gradient.decode(self.span)
         if self._graph is None:

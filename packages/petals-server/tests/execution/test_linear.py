@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from petals_core.models.checkpoint import Checkpoint
 from petals_core.models.span import load_span
 from petals_core.testing.factories import make_checkpoint
 from petals_server.execution import linear
-from petals_server.execution.linear import Linear
+from petals_server.execution.linear import Linear, Packing
 
 
-def make_layers(has_bias: bool, size: int = 1024) -> tuple[Linear, torch.nn.Linear]:
+def make_layers(has_bias: bool, *, is_packed: bool = False, size: int = 1024) -> tuple[Linear, torch.nn.Linear]:
     """A layer of each class with the same weights, which need no gradients."""
     torch.manual_seed(0)
     plain = torch.nn.Linear(size, 600, bias=has_bias).requires_grad_(False)
@@ -22,13 +23,16 @@ def make_layers(has_bias: bool, size: int = 1024) -> tuple[Linear, torch.nn.Line
     layer.load_state_dict(plain.state_dict())
     layer.__class__ = Linear
     assert isinstance(layer, Linear)
+    if is_packed:
+        Packing([layer])
     return layer, plain
 
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (1, 3), (4, 1), (2, 40), (1, 1, 2)])
+@pytest.mark.parametrize("shape", [(1,), (2,), (1, 3), (4, 1), (2, 40), (1, 1, 2), (0,)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_layers_give_what_those_of_torch_give(shape: tuple[int, ...], has_bias: bool) -> None:
-    layer, plain = make_layers(has_bias)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_layers_give_what_those_of_torch_give(shape: tuple[int, ...], has_bias: bool, is_packed: bool) -> None:
+    layer, plain = make_layers(has_bias, is_packed=is_packed)
     states = torch.randn(*shape, 1024)
     output = layer(states)
     torch.testing.assert_close(output, plain(states), rtol=1e-5, atol=1e-4)
@@ -36,8 +40,9 @@ def test_layers_give_what_those_of_torch_give(shape: tuple[int, ...], has_bias: 
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_gradients_flow_to_the_states(has_bias: bool) -> None:
-    layer, plain = make_layers(has_bias)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_gradients_flow_to_the_states(has_bias: bool, is_packed: bool) -> None:
+    layer, plain = make_layers(has_bias, is_packed=is_packed)
     states = torch.randn(2, 30, 1024)
     gradients = []
     for each in (layer, plain):
@@ -45,6 +50,29 @@ def test_gradients_flow_to_the_states(has_bias: bool) -> None:
         each(own).square().sum().backward()
         gradients.append(own.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+class Holder:
+    """Counts how often it is told to forget."""
+
+    def __init__(self) -> None:
+        self.num_told = 0
+
+    def forget(self) -> None:
+        self.num_told += 1
+
+
+def test_weights_come_back_as_they_were_and_whoever_holds_packed_ones_is_told() -> None:
+    layer, plain = make_layers(True)
+    small, small_plain = make_layers(True, size=64)
+    packing, holder = Packing([layer, small]), Holder()
+    packing.tell(holder)
+    assert (layer.weight.is_mkldnn, small.weight.is_mkldnn) == (True, False)
+    assert layer.weight.nbytes == plain.weight.nbytes
+    packing.undo()
+    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(small.weight, small_plain.weight)
+    assert (layer.packing, small.packing, holder.num_told) == (None, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +90,30 @@ def test_other_products_are_left_to_torch(rows: int, weight: tuple[int, int], dt
 
 
 def test_layers_of_a_span_are_changed_where_that_is_faster(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, "llama", num_blocks=1)
+    make_checkpoint(tmp_path, "llama", num_blocks=1, hidden_size=512)
     span = load_span(Checkpoint.open(tmp_path), 0, 1)
     linear.install(span)
     layers = [module for module in span.blocks.modules() if isinstance(module, torch.nn.Linear)]
     assert len(layers) == 7
     assert {type(layer) for layer in layers} == {Linear if linear.is_faster() else torch.nn.Linear}
+    assert (linear.packing_of(span) is not None) == linear.is_faster()
+    assert any(layer.weight.is_mkldnn for layer in layers) == linear.is_faster()
+    linear.unpack(span)
+    assert linear.packing_of(span) is None
+    assert not any(layer.weight.is_mkldnn for layer in layers)
+
+
+def test_weights_that_blocks_read_themselves_stay_in_torchs_order(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", num_blocks=2, hidden_size=512)
+    span = load_span(Checkpoint.open(tmp_path), 0, 2)
+
+    def look(module: Any, args: object) -> None:
+        assert module.mlp.up_proj.weight[0].sum() != 0
+
+    span.blocks[1].register_forward_pre_hook(look)
+    linear.install(span)
+    assert linear.packing_of(span) is None
+    assert span(torch.zeros(1, 3, 512), cache=None).shape == (1, 3, 512)
 
 
 def test_layers_of_other_dtypes_stay_as_they_are(tmp_path: Path) -> None:

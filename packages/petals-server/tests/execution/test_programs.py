@@ -16,7 +16,7 @@ from petals_server.cache.pages import CachePages, PageRun, SessionPages, plan_gr
 from petals_server.cache.tensors import CacheTensors
 from petals_server.execution import attention
 from petals_server.execution.batch import Batch, active
-from petals_server.execution.linear import Linear
+from petals_server.execution.linear import Linear, Packing
 from petals_server.execution.probe import Form, find_layout
 from petals_server.execution.programs import RecordingError, StepPrograms
 from petals_server.execution.rewriting import RULES, Rewriter, Rule
@@ -121,11 +121,17 @@ def test_a_rule_that_changes_results_or_fails_is_not_used(rule: Rule, tmp_path: 
     assert bench.programs.is_traced
 
 
-def test_programs_of_large_layers_compute_what_the_layers_compute(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_programs_of_large_layers_compute_what_the_layers_compute(is_packed: bool, tmp_path: Path) -> None:
     bench = Bench(tmp_path, "llama", width=1024)
+    layers = []
     for module in bench.span.blocks.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
+            assert isinstance(module, Linear)
+            layers.append(module)
+    if is_packed:
+        Packing(layers)
     bench.plain(bench.states(20), 0)
     for count in (1, 2, 3, 4, 1, 2, 5):
         hidden = bench.states(count)

@@ -1,7 +1,9 @@
 """Linear layers in float32 on CPUs, multiplied by oneDNN where that is faster than what torch takes by itself.
 
 torch multiplies matrices in float32 by MKL, which uses AVX2 on processors of other makers than its own; oneDNN, which
-torch brings along too, uses AVX-512 on all. Sums are taken in another order, so results differ in the last bits, as
+torch brings along too, uses AVX-512 on all. Before each product oneDNN would bring the weights into an order of its
+own, most of the work for a few rows: they are kept in that order (packed) until somebody asks for a gradient, for which
+oneDNN needs them as they were. Sums are taken in another order than torch's, so results differ in the last bits, as
 they do between batches of different sizes. ``tools/bench_linear.py`` prints what it brings; docs/benchmarks.md has the
 figures.
 """
@@ -9,21 +11,26 @@ figures.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
-from collections.abc import Callable
-from typing import Any, Final, Optional, Union, final
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Optional, Protocol, Union, final
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from petals_core.errors import first_line
 from petals_core.models.span import Span
+
+log = logging.getLogger(__name__)
 
 MIN_ELEMENTS: Final = 1 << 18
 """Of a weight: for smaller ones finding the kernel takes oneDNN longer than multiplying."""
 MIN_LONE_ELEMENTS: Final = 1 << 20
-"""Of a weight that is multiplied with a single row, where reading it takes nearly all of the time."""
+"""Of a weight that is not packed and multiplied with a single row, where reading it takes nearly all of the time."""
 OPERATION: Final[Any] = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 """oneDNN's linear layer; None where torch comes without oneDNN."""
 _MIN_GAIN: Final = 1.2
@@ -35,7 +42,10 @@ _NUM_TRIALS: Final = 10
 
 
 def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``states @ weight.T + bias`` by oneDNN, without gradients; float32 on the CPU, [..., K], [N, K] and [N]."""
+    """``states @ weight.T + bias`` by oneDNN, without gradients; float32 on the CPU, [..., K], [N, K] and [N].
+
+    The weights may be packed.
+    """
     multiply = _traceable() if torch.jit.is_tracing() else OPERATION  # type: ignore[attr-defined]
     output: torch.Tensor = multiply(states, weight, bias, "none", [], "")
     return output
@@ -43,6 +53,8 @@ def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def suits(states: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether :func:`product` can multiply these, and does so faster where :func:`is_faster`."""
+    if weight.is_mkldnn:  # nothing else can read it
+        return True
     num_elements = weight.numel()
     if num_elements < MIN_ELEMENTS or not (weight.dtype == states.dtype == torch.float32):
         return False
@@ -53,6 +65,9 @@ def suits(states: torch.Tensor, weight: torch.Tensor) -> bool:
 @final
 class Linear(nn.Linear):
     """A linear layer whose weights are not trained."""
+
+    packing: Packing | None = None
+    """By which its weights are packed; None: they are not."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 -- torch's name
         """``input @ weight.T + bias``, of shape [..., N]; gradients flow to the input."""
@@ -65,13 +80,74 @@ class Linear(nn.Linear):
         return product(input, weight, bias)
 
 
+class WeightsHolder(Protocol):
+    """What keeps weights of layers beside the layers."""
+
+    def forget(self) -> None:
+        """Let go of them."""
+
+
+@final
+class Packing:
+    """The large weights of layers in oneDNN's order, in the place of those in torch's. Used in the device's thread."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self._layers = [layer for layer in layers if layer.weight.numel() >= MIN_ELEMENTS]
+        self._holders: weakref.WeakSet[WeightsHolder] = weakref.WeakSet()
+        for layer in self._layers:
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+            layer.packing = self
+
+    def tell(self, holder: WeightsHolder) -> None:
+        """Let a holder of packed weights know when they are no more."""
+        self._holders.add(holder)
+
+    def undo(self) -> None:
+        """Bring the weights back into torch's order, for good: a copy of both would take the memory twice."""
+        for holder in self._holders:
+            holder.forget()
+        for layer in self._layers:
+            layer.weight = nn.Parameter(layer.weight.to_dense(), requires_grad=False)
+            layer.packing = None
+
+
 def install(span: Span) -> None:
     """Let the span's linear layers be multiplied by oneDNN, if it is loaded on a CPU and that is faster there."""
     if span.device.type != "cpu" or span.dtype is not torch.float32 or not is_faster():
         return
-    for module in span.blocks.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
+    layers = [module for module in span.blocks.modules() if type(module) is nn.Linear]
+    for layer in layers:
+        layer.__class__ = Linear
+    packing = Packing([layer for layer in layers if isinstance(layer, Linear)])
+    if not _can_compute(span):
+        packing.undo()
+
+
+@torch.inference_mode()
+def _can_compute(span: Span) -> bool:
+    """Whether a prompt and a token go through the span: some blocks (jamba) read a layer's weights themselves."""
+    cache = span.new_cache()
+    try:
+        for num_tokens in (2, 1):
+            span(torch.zeros(1, num_tokens, span.hidden_size), cache=cache)
+    except (NotImplementedError, RuntimeError) as error:
+        log.debug("weights are not packed: %s", first_line(error))
+        return False
+    return True
+
+
+def packing_of(span: Span) -> Packing | None:
+    """By which weights of the span are packed; None: they are not, or not any more."""
+    packings = (module.packing for module in span.blocks.modules() if isinstance(module, Linear))
+    return next((packing for packing in packings if packing is not None), None)
+
+
+def unpack(span: Span) -> None:
+    """Bring the span's weights into the order that gradients need; all layers that were packed with them too."""
+    packing = packing_of(span)
+    if packing is not None:
+        packing.undo()
 
 
 @functools.cache
@@ -110,7 +186,7 @@ def _call(
 
 
 class _Product(torch.autograd.Function):
-    """:func:`product` with a gradient of the states alone."""
+    """:func:`product` with a gradient of the states alone. Right with packed weights too, but slow."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -121,4 +197,5 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return product(gradient, weight.t()), None, None
+        plain = weight.to_dense() if weight.is_mkldnn else weight
+        return product(gradient, plain.t()), None, None

@@ -61,6 +61,14 @@ class StepPrograms:
         """The program for one token."""
         self.is_broken = False
         """Recording failed once: blocks do something that no program holds."""
+        packing = linear.packing_of(span)
+        if packing is not None:
+            packing.tell(self)
+
+    def forget(self) -> None:
+        """Let go of all programs, and of the weights that they hold; the next turn of each size records a new one."""
+        self._programs.clear()
+        self._trace = None
 
     def fits(self, num_tokens: int) -> bool:
         """Whether there is, or will be, a program for so many tokens."""
@@ -204,8 +212,7 @@ class Recorder(TorchDispatchMode):
 
     def _compiled(self) -> Program:
         function = fx.GraphModule({}, self.graph).forward
-        constants = [self.constants[node] for node in self.graph.nodes if node in self.constants]
-        return lambda hidden_TH, positions_T, batch: function(hidden_TH, positions_T, batch, *constants)
+        return Program(function, tuple(self.constants[node] for node in self.graph.nodes if node in self.constants))
 
     def _note(self, function: Any, given: Sequence[Any], options: dict[str, Any], output: Any) -> None:
         """Note an operation under the name that takes least time to call."""

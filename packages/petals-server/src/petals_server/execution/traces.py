@@ -12,18 +12,45 @@ Letters: T tokens of the packed row, H hidden size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
 
 import torch
+from torch import nn
 
 from petals_server.cache.tensors import CacheTensors
 from petals_server.execution.batch import Batch, RowView, first_seen
 
-Program = Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor]
-"""From hidden states [T, H], positions [T] and the batch that they are to hidden states [T, H]."""
 _NUM_TRIALS: Final = 3
 """The first runs of a trace are watched by torch, which then changes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """From hidden states [T, H], positions [T] and the batch that they are to hidden states [T, H]."""
+
+    function: Callable[..., torch.Tensor]
+    """Takes the three, and then the constants."""
+    constants: tuple[torch.Tensor, ...]
+    """The weights."""
+
+    def __call__(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.function(hidden_TH, positions_T, batch, *self.constants)
+
+
+@final
+class _Traced(nn.Module):
+    """What is traced. It holds the program's constants because a trace takes packed weights from modules only."""
+
+    def __init__(self, compute: Callable[..., torch.Tensor], constants: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self._compute = compute
+        for index, constant in enumerate(constants):
+            self.register_buffer(f"constant_{index}", constant)
+
+    def forward(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return self._compute(hidden_TH, positions_T, numbers)
 
 
 class _NumberedBatch(Batch):
@@ -67,7 +94,9 @@ class LoneTrace:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._function: Any = torch.jit.trace(
-                compute, (hidden_TH, positions_T, torch.tensor(numbers)), check_trace=False
+                _Traced(compute, program.constants),
+                (hidden_TH, positions_T, torch.tensor(numbers)),
+                check_trace=False,
             )
 
     def run(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor | None:
