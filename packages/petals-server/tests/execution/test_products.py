@@ -1,0 +1,41 @@
+"""Attention by oneDNN's products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from petals_server.execution import linear, products
+
+
+def make_states(num_heads: int, num_groups: int, num_new: int, num_keys: int) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values, the latter two as they lie in a cache."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(num_keys, num_groups, size, generator=generator).transpose(0, 1) for size in (64, 32))
+    return torch.randn(num_heads, num_new, 64, generator=generator), keys, values
+
+
+@pytest.mark.skipif(linear.OPERATION is None, reason="this torch comes without oneDNN")
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("num_heads", "num_groups", "num_new", "num_keys"), [(8, 2, 17, 600), (4, 4, 64, 640)])
+@torch.inference_mode()
+def test_it_is_the_attention_of_torch(
+    num_heads: int, num_groups: int, num_new: int, num_keys: int, window: int | None
+) -> None:
+    query, keys, values = make_states(num_heads, num_groups, num_new, num_keys)
+    seen = torch.ones(num_new, num_keys, dtype=torch.bool).tril_(num_keys - num_new)
+    if window is not None:
+        seen.triu_(num_keys - num_new - window + 1)
+    mask = torch.zeros(num_new, num_keys).masked_fill_(~seen, float("-inf"))
+    expected = functional.scaled_dot_product_attention(
+        query[None], keys[None], values[None], attn_mask=mask, scale=0.2, enable_gqa=True
+    )[0]
+    torch.testing.assert_close(products.attend(query, keys, values, mask, 0.2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_few_scores_and_other_dtypes_are_left_to_torch() -> None:
+    query, keys, _ = make_states(8, 2, 17, 600)
+    assert products.suits(query, keys) == linear.is_faster()
+    assert not products.suits(query, keys[:, :400])
+    assert not products.suits(query.bfloat16(), keys.bfloat16())
