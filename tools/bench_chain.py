@@ -279,7 +279,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--steps", type=int, default=60, help="to time (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="prompts of each kind (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="prompts of each kind (default: %(default)s)")
     parser.add_argument("--rates", type=int, nargs="+", default=[20, 100], help="Mbit/s (default: 20 100)")
     options = parser.parse_args()
     if sandbox.FOLDER_VARIABLE not in os.environ:

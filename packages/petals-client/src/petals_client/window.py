@@ -13,7 +13,7 @@ _PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE = 2, 4
 But matrices of few rows are slow (``tools/bench_linear.py`` prints what they take on a CPU), so beyond two for each
 stage there are more only as long as they have ``_AMPLE_TOKENS``."""
 _AMPLE_TOKENS = 128
-_MAX_PART_S = 0.1
+_MAX_PART_S = 0.07
 """Of a link's time for a part, which it has to take whole before the next server can begin."""
 _PART_STEP = 16
 """Sizes by a link's rate are multiples of it."""
