@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -89,24 +90,31 @@ class WeightsHolder(Protocol):
 
 @final
 class Packing:
-    """The large weights of layers in oneDNN's order, in the place of those in torch's. Used in the device's thread."""
+    """The large weights of layers in oneDNN's order, in the place of those in torch's."""
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self._layers = [layer for layer in layers if layer.weight.numel() >= MIN_ELEMENTS]
         self._holders: weakref.WeakSet[WeightsHolder] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        """Around the holders: sessions bring new ones from the event loop."""
         for layer in self._layers:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
             layer.weight = nn.Parameter(packed, requires_grad=False)
             layer.packing = self
 
     def tell(self, holder: WeightsHolder) -> None:
-        """Let a holder of packed weights know when they are no more."""
-        self._holders.add(holder)
+        """Let a holder of packed weights know when they are no more. In any thread."""
+        with self._lock:
+            self._holders.add(holder)
 
     def undo(self) -> None:
-        """Bring the weights back into torch's order, for good: a copy of both would take the memory twice."""
-        for holder in self._holders:
-            holder.forget()
+        """Bring the weights back into torch's order, for good: a copy of both would take the memory twice.
+
+        In the device's thread.
+        """
+        with self._lock:
+            for holder in self._holders:
+                holder.forget()
         for layer in self._layers:
             layer.weight = nn.Parameter(layer.weight.to_dense(), requires_grad=False)
             layer.packing = None
@@ -131,7 +139,7 @@ def _can_compute(span: Span) -> bool:
     try:
         for num_tokens in (2, 1):
             span(torch.zeros(1, num_tokens, span.hidden_size), cache=cache)
-    except (NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # whatever blocks do
         log.debug("weights are not packed: %s", first_line(error))
         return False
     return True
