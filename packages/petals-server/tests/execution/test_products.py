@@ -34,8 +34,11 @@ def test_it_is_the_attention_of_torch(
     torch.testing.assert_close(products.attend(query, keys, values, mask, 0.2), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_few_scores_and_other_dtypes_are_left_to_torch() -> None:
+def test_few_or_very_many_scores_and_other_dtypes_are_left_to_torch() -> None:
     query, keys, _ = make_states(8, 2, 17, 600)
+    long = torch.empty(1, 1, 64).expand(2, 1 << 18, 64)
+    assert products.suits(query[:, :16], long) == linear.is_faster()
+    assert not products.suits(query, long)
     assert products.suits(query, keys) == linear.is_faster()
     assert not products.suits(query, keys[:, :400])
     assert not products.suits(query.bfloat16(), keys.bfloat16())

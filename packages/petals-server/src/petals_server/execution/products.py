@@ -1,7 +1,7 @@
 """Attention of many new tokens in float32 on CPUs, multiplied by oneDNN where that is faster than torch's fused kernel.
 
 The fused kernel multiplies by MKL, as torch's linear layers do (``linear``). Here the scores of a head of keys are in
-memory as a whole, which one turn's tokens bound. Results differ in the last bits.
+memory as a whole, so that very long rows are left to torch. Results differ in the last bits.
 
 Letters: H heads, G heads of keys, N new tokens, K tokens that they attend to, D width of a head.
 """
@@ -19,13 +19,15 @@ from petals_server.execution import linear
 _MIN_SCORES: Final = 1 << 15
 """Of a head of keys: for fewer, finding kernels and copying keys takes longer than is won (16 to 32 heads of 64 to 128,
 17 to 512 new tokens, 33 to 2,600 keys)."""
+_MAX_SCORES: Final = 1 << 24
+"""Of a head of keys: 64 MiB."""
 
 
 def suits(query_HND: torch.Tensor, keys_GKD: torch.Tensor) -> bool:
     """Whether :func:`attend` can attend, and does so faster."""
     num_scores = query_HND.shape[0] // keys_GKD.shape[0] * query_HND.shape[1] * keys_GKD.shape[1]
     return (
-        num_scores >= _MIN_SCORES
+        _MIN_SCORES <= num_scores <= _MAX_SCORES
         and query_HND.dtype is torch.float32
         and query_HND.device.type == "cpu"
         and linear.is_faster()
