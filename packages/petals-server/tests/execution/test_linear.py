@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petals_core.models.checkpoint import Checkpoint
-from petals_core.models.span import load_span
+from petals_core.models.span import Span, load_span
 from petals_core.testing.factories import make_checkpoint
 from petals_server.execution import linear
 from petals_server.execution.linear import Linear, Packing
@@ -26,6 +26,14 @@ def make_layers(has_bias: bool, *, is_packed: bool = False, size: int = 1024) ->
     if is_packed:
         Packing([layer])
     return layer, plain
+
+
+def make_linear(span: Span) -> list[Linear]:
+    """Let a span's layers be multiplied by oneDNN, however fast that is."""
+    layers = [module for module in span.blocks.modules() if type(module) is torch.nn.Linear]
+    for layer in layers:
+        layer.__class__ = Linear
+    return [layer for layer in layers if isinstance(layer, Linear)]
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (1, 3), (4, 1), (2, 40), (1, 1, 2), (0,)])
@@ -101,6 +109,20 @@ def test_layers_of_a_span_are_changed_where_that_is_faster(tmp_path: Path) -> No
     linear.unpack(span)
     assert linear.packing_of(span) is None
     assert not any(layer.weight.is_mkldnn for layer in layers)
+
+
+def test_parts_of_a_span_have_their_weights_in_the_same_form(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", num_blocks=3, hidden_size=512)
+    span, plain = (load_span(Checkpoint.open(tmp_path), 0, 3) for _ in range(2))
+    packing = Packing(make_linear(span))
+    part, states = span.slice(1, 3), torch.randn(1, 3, 512)
+    assert linear.packing_of(part) is packing
+    expected = plain.slice(1, 3)(states)
+    torch.testing.assert_close(part(states), expected, rtol=1e-4, atol=1e-4)
+    linear.unpack(part)
+    for layer in span.blocks.modules():
+        assert not (isinstance(layer, Linear) and layer.weight.is_mkldnn)
+    torch.testing.assert_close(part(states), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_blocks_read_themselves_stay_in_torchs_order(tmp_path: Path) -> None:

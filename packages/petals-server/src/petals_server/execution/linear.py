@@ -70,6 +70,10 @@ class Linear(nn.Linear):
     packing: Packing | None = None
     """By which its weights are packed; None: they are not."""
 
+    def __deepcopy__(self, memo: object) -> Linear:
+        """Itself: parts of a span are copies of its modules, and weights that change form change for all of them."""
+        return self
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 -- torch's name
         """``input @ weight.T + bias``, of shape [..., N]; gradients flow to the input."""
         weight, bias = self.weight, self.bias
