@@ -68,8 +68,10 @@ class Bench:
 
     @torch.inference_mode()
     def replayed(self, hidden: torch.Tensor, past: int) -> torch.Tensor:
-        positions = torch.arange(past, past + len(hidden))
-        return self.programs.run(hidden, positions, self.batch(past, len(hidden)))
+        batch = self.batch(past, len(hidden))
+        if len(hidden) == 1 and (output := self.programs.run_lone(hidden, past, batch.rows[0])) is not None:
+            return output
+        return self.programs.run(hidden, torch.arange(past, past + len(hidden)), batch)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,7 @@ def test_a_token_alone_is_computed_without_python_where_its_pages_follow_each_ot
     )
     hidden, positions = bench.states(1), torch.tensor([21])
     with torch.inference_mode():
+        assert bench.programs.run_lone(hidden, 21, scattered) is None
         output = bench.programs.run(hidden, positions, Batch([scattered], bench.cache, first_layer=0))
     assert torch.allclose(output, bench.plain(hidden, 21), atol=1e-5)
     assert torch.equal(bench.replayed(hidden, 21), bench.plain(hidden, 21))

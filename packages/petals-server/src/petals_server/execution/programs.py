@@ -31,6 +31,7 @@ from petals_server.execution import attention, linear
 from petals_server.execution.batch import Batch
 from petals_server.execution.rewriting import RULES, Constants, Rule, note_form, rewrite
 from petals_server.execution.traces import LoneTrace, Program
+from petals_server.scheduling.plan import RowPart
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,12 @@ class StepPrograms:
 
     @property
     def is_traced(self) -> bool:
-        """Whether the next token of one row is computed without Python."""
+        """Whether the next token of one row is computed by :meth:`run_lone`."""
         return self._trace is not None
+
+    def run_lone(self, hidden_TH: torch.Tensor, position: int, row: RowPart) -> torch.Tensor | None:
+        """Compute the next token of a row by the trace, under ``inference_mode``; None: :meth:`run` has to."""
+        return None if self._trace is None else self._trace.run(hidden_TH, position, row)
 
     def run(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Compute a turn that :meth:`fits`, under ``inference_mode``.
@@ -89,8 +94,6 @@ class StepPrograms:
         Raises:
             RecordingError: it can't be recorded.
         """
-        if self._trace is not None and (traced_TH := self._trace.run(hidden_TH, positions_T, batch)) is not None:
-            return traced_TH
         program = self._programs.get(hidden_TH.shape[0])
         if program is not None:
             return program(hidden_TH, positions_T, batch)
@@ -103,7 +106,7 @@ class StepPrograms:
             self.is_broken = True
             raise RecordingError(str(error) or type(error).__name__) from error
         self._programs[hidden_TH.shape[0]] = program
-        if hidden_TH.shape[0] == 1:
+        if batch.num_tokens == 1:
             self._trace = self._make_trace(program, output_TH, hidden_TH, positions_T, batch)
         return output_TH
 

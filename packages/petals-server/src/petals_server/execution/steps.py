@@ -95,9 +95,29 @@ class StepRunner:
             and programs.holds(num_tokens)
         )
 
-    @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> None:
         """Compute the parts, and give each its output."""
+        with torch.inference_mode():
+            if len(parts) != 1 or not self._run_lone(parts[0]):
+                self._run(parts)
+
+    def _run_lone(self, part: Part) -> bool:
+        """Compute a single token of a plain session by the trace, if there is one: without what a turn needs else."""
+        programs, work = self._programs, part.request
+        assert isinstance(work, StepWork)
+        if programs is None or not programs.is_traced or part.num_tokens != 1 or part.copies or not work.is_plain:
+            return False
+        (row,) = part.rows
+        self.threads.apply(Urgency.DECODE)
+        hidden_TH = work.received_TH if work.num_tokens == 1 else work.received_TH[row.start : row.start + 1]
+        hidden_TH = hidden_TH.to(device=self.span.device, dtype=self.span.dtype)
+        output_TH = programs.run_lone(hidden_TH, work.row_position(row), row)
+        if output_TH is None:
+            return False
+        work.put(row.start, output_TH.cpu())
+        return True
+
+    def _run(self, parts: Sequence[Part]) -> None:
         works = [part.request for part in parts]
         inputs, positions, rows, changes = [], [], [], []
         copies: list[PageCopy] = []
@@ -245,6 +265,15 @@ class StepWork(Work[EncodedStates]):
             self.session.pages.slide(row.row, row.past + row.count)
         if not self.num_tokens_left:
             self.session.is_broken = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the session changes nothing in the span."""
+        return self.session.prompts is None and not self.session.adapters
+
+    def row_position(self, row: RowPart) -> int:
+        """Position id of the first of some tokens."""
+        return row.past if self._positions_T is None else int(self._positions_T[row.start])
 
     def row_positions(self, row: RowPart) -> NDArray[np.int64]:
         """Position ids of some tokens."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from petals_server.cache.tensors import CacheTensors
 from petals_server.execution.batch import Batch, RowView, first_seen
+from petals_server.scheduling.plan import RowPart
 
 _NUM_TRIALS: Final = 3
 """The first runs of a trace are watched by torch, which then changes it."""
@@ -49,8 +50,8 @@ class _Traced(nn.Module):
         for index, constant in enumerate(constants):
             self.register_buffer(f"constant_{index}", constant)
 
-    def forward(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        return self._compute(hidden_TH, positions_T, numbers)
+    def forward(self, hidden_TH: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return self._compute(hidden_TH, numbers)
 
 
 class _NumberedBatch(Batch):
@@ -78,36 +79,30 @@ class LoneTrace:
         self._kinds = {batch.cache.kind_of[layer]: layer for layer in self._layers}
         """A block of each kind."""
 
-        def compute(hidden_TH: torch.Tensor, positions_T: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-            slots = {group: numbers[index : index + 1] for index, group in enumerate(self._groups)}
+        def compute(hidden_TH: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+            slots = {group: numbers[index : index + 1] for index, group in enumerate(self._groups, 1)}
             views = {}
             for index, kind in enumerate(self._kinds):
-                at = len(self._groups) + 2 * index
+                at = 1 + len(self._groups) + 2 * index
                 places = slice(numbers[at], numbers[at + 1])
                 views[kind] = [RowView(start=0, count=1, slots=places, is_causal=False, mask=None)]
-            return program(hidden_TH, positions_T, _NumberedBatch(self._cache, self._first_layer, slots, views))
+            return program(hidden_TH, numbers[:1], _NumberedBatch(self._cache, self._first_layer, slots, views))
 
-        numbers = self._numbers(batch)
+        row = batch.rows[0]
+        numbers = self._numbers(row.past, row)
         if numbers is None:
             raise RuntimeError("the row's pages do not follow each other")
-        positions_T = torch.tensor([batch.rows[0].past])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._function: Any = torch.jit.trace(
-                _Traced(compute, program.constants),
-                (hidden_TH, positions_T, torch.tensor(numbers)),
-                check_trace=False,
+            traced: Any = torch.jit.trace(
+                _Traced(compute, program.constants), (hidden_TH, torch.tensor(numbers)), check_trace=False
             )
+        self._function: Callable[..., torch.Tensor] = traced.forward  # the module around it looks for hooks
 
-    def run(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-        """What the program gives, under ``inference_mode``; None if the batch is of another form."""
-        if len(batch.rows) != 1 or batch.num_tokens != 1 or batch.cache is not self._cache:
-            return None
-        numbers = self._numbers(batch)
-        if numbers is None:
-            return None
-        output_TH: torch.Tensor = self._function(hidden_TH, positions_T, torch.tensor(numbers))
-        return output_TH
+    def run(self, hidden_TH: torch.Tensor, position: int, row: RowPart) -> torch.Tensor | None:
+        """What the program gives for a row's next token, under ``inference_mode``; None: its cache is in pieces."""
+        numbers = self._numbers(position, row)
+        return None if numbers is None else self._function(hidden_TH, torch.tensor(numbers))
 
     def is_right(
         self, expected_TH: torch.Tensor, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch
@@ -118,17 +113,17 @@ class LoneTrace:
                 slots_T = batch.slots_T(self._cache.group_of[layer])
                 self._cache.keys_SGD[layer].index_fill_(0, slots_T, 0)
                 self._cache.values_SGD[layer].index_fill_(0, slots_T, 0)
-            output_TH = self.run(hidden_TH, positions_T, batch)
+            output_TH = self.run(hidden_TH, int(positions_T), batch.rows[0])
             if output_TH is None or not torch.equal(output_TH, expected_TH):
                 return False
         return True
 
-    def _numbers(self, batch: Batch) -> list[int] | None:
-        """Where the new token goes in each group, and what it sees in blocks of each kind; None: not in one piece."""
-        row = batch.rows[0]
+    def _numbers(self, position: int, row: RowPart) -> list[int] | None:
+        """The new token's position, where it goes in each group, and what it sees in blocks of each kind; None: pages
+        that do not follow each other."""
         page_tokens = self._cache.page_tokens
         bases = {}
-        numbers = []
+        numbers = [position]
         for group in self._groups:
             run = row.runs[group]
             if not run.is_consecutive:
