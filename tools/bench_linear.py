@@ -2,7 +2,7 @@
 
 The linear layers of the bench model's 12 blocks in float32, computed one after another by torch as it is and as servers
 compute them (``petals_server.execution.linear``), with the weights as they are and packed, in turns; the least time of
-several rounds, by the number of rows.
+several rounds, by the number of rows. Then what it takes to change the form of all weights, layer by layer.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -23,6 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from petals_server.execution import linear
+from petals_server.execution.packing import Packing
 
 NUM_BLOCKS, HIDDEN_SIZE, MLP_SIZE, KEY_SIZE = 12, 1024, 2816, 512
 SHAPES = (
@@ -42,12 +45,22 @@ def seconds(layers: list[nn.Linear], num_rows: int) -> float:
     return time.perf_counter() - started_s
 
 
+def change_s(change_next: Callable[[], bool]) -> list[float]:
+    """What each layer takes to change the form of its weights."""
+    times, is_left = [], True
+    while is_left:
+        started_s = time.perf_counter()
+        is_left = change_next()
+        times.append(time.perf_counter() - started_s)
+    return times
+
+
 def make_layer(kind: type[nn.Linear], weight: torch.Tensor, *, is_packed: bool = False) -> nn.Linear:
     num_outputs, num_inputs = weight.shape
     layer = kind(num_inputs, num_outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if isinstance(layer, linear.Linear) and is_packed:
-        linear.Packing([layer])
+        Packing([layer])
     return layer
 
 
@@ -78,6 +91,14 @@ def main() -> int:
         )
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
+    changing = Packing([layer for layer in candidates[1] if isinstance(layer, linear.Linear)])
+    for name, change_next in (("unpacking", changing.unpack_next), ("packing", changing.pack_next)):
+        layer_s = change_s(change_next)
+        console.print(
+            f"{name} {len(layer_s)} layers takes {1e3 * sum(layer_s):.0f} ms, one of them {1e3 * max(layer_s):.1f} ms "
+            f"at most, {1e3 * statistics.median(layer_s):.1f} ms in the median",
+            highlight=False,
+        )
     console.print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
         f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; servers here take "

@@ -20,9 +20,9 @@ from petals_core.models.span import Span, load_span
 from petals_core.tensors.codec import TensorSpec, decode, encode
 from petals_core.testing.factories import make_checkpoint
 from petals_server.deep_prompts import EncodedTensor
-from petals_server.execution import linear
 from petals_server.execution.forward import ForwardWork
-from petals_server.execution.linear import Linear, Packing
+from petals_server.execution.linear import Linear
+from petals_server.execution.packing import Packing
 from petals_server.execution.states import EncodedStates, PackedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.threads import ThreadPlan
@@ -119,7 +119,7 @@ def test_a_gradient_finds_weights_in_torchs_order_and_pays_for_none(is_kept: boo
     leaf = states.clone().requires_grad_()
     expected = torch.cat([span(row[None])[0] for row in leaf.split(ROWS)])
     (expected_gradient,) = torch.autograd.grad(expected, leaf, gradient)
-    Packing([make_linear(module) for module in span.blocks.modules() if type(module) is nn.Linear])
+    packing = Packing([make_linear(module) for module in span.blocks.modules() if type(module) is nn.Linear])
     graph, store = Graph(peer_id=OPTIONS["peer_id"]), GraphStore(budget_bytes=1 << 30, lifetime_s=60)
     hidden, of_output = map(as_input, (states, gradient))
     request = TrainingRequest(row_tokens=ROWS, position_runs=None, hidden=hidden)
@@ -138,7 +138,7 @@ def test_a_gradient_finds_weights_in_torchs_order_and_pays_for_none(is_kept: boo
     )
     (result,) = compute(backward, [24])
     torch.testing.assert_close(decoded(result), expected_gradient, atol=1e-4, rtol=1e-3)
-    assert linear.packing_of(span) is None
+    assert packing.is_plain
 
 
 def make_linear(module: nn.Linear) -> Linear:

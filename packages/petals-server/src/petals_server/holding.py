@@ -110,6 +110,8 @@ class Holding:
 
     async def close(self) -> None:
         """Free the device. Idempotent."""
+        if self.requests is not None:
+            await self.requests.training.close()
         await self.engine.close()
 
     # --- giving up ----------------------------------------------------------------------------------------------------
@@ -130,8 +132,10 @@ class Holding:
         Raises:
             ConfigurationError: as in :meth:`open`.
         """
-        self.requests = None
+        requests, self.requests = self.requests, None
         self.span = (start, end)
+        if requests is not None:
+            await requests.training.close()
         await self.engine.close()
         self.engine = Engine(self._config.limits, weight=self._desk.weight)
         await self.load(start, end)

@@ -26,7 +26,7 @@ from petals_server.adapters import load_adapters
 from petals_server.cache.pages import CachePages, plan_groups
 from petals_server.cache.tensors import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS, CacheTensors
 from petals_server.config import ServerConfig
-from petals_server.execution import attention, linear
+from petals_server.execution import attention, packing
 from petals_server.execution.compilation import choose_replay
 from petals_server.execution.probe import Form, find_layout
 from petals_server.execution.steps import StepRunner
@@ -156,7 +156,7 @@ def load_model(opened: OpenedModel, start: int, end: int, config: ServerConfig) 
         opened.dtype,
         opened.device,
     )
-    linear.install(span)
+    packing.install(span)
     if span.quantization != "none":
         log.info(
             "%.0f %% of the weights are in %s: results differ a little from those of the unquantized model",

@@ -25,7 +25,7 @@ from petals_server.adapters import Part, adapted
 from petals_server.columns import Chunk, PositionRuns, expand_positions, take_rows
 from petals_server.deep_prompts import EncodedTensor
 from petals_server.differentiation import ChunkGraph, GraphMeter, OverBudgetError, checkpointed, compute_rows
-from petals_server.execution import linear
+from petals_server.execution import packing
 from petals_server.execution.states import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.scheduling.request import Urgency
@@ -217,7 +217,7 @@ class TrainingForwardWork(_TrainingWork):
     def _begin_graph(self) -> None:
         graph, store = self.graph, self._store
         if graph is not None:
-            linear.unpack(self.span)
+            packing.unpack(self.span)
             self._meter = GraphMeter(
                 self.span, lambda num_bytes: store.grow(graph, num_bytes), others_own=self.others_own
             )
@@ -290,7 +290,7 @@ class BackwardWork(_TrainingWork):
         self.threads.apply(self.urgency)
         if self.num_done == 0:
             self.decode_inputs()
-            linear.unpack(self.span)
+            packing.unpack(self.span)
             assert self.request.gradient is not None
             self._gradient_TH = self.request.gradient.decode(self.span)
         if self._graph is None:

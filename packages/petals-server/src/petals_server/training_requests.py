@@ -18,9 +18,11 @@ from petals_server.adapters import find_adapter
 from petals_server.config import ServerLimits
 from petals_server.deep_prompts import EncodedTensor, SessionPrompts
 from petals_server.engine import Engine
+from petals_server.execution.packing import packing_of
 from petals_server.execution.states import EncodedStates
 from petals_server.graphs import Graph, GraphStore
 from petals_server.loading import ServedModel
+from petals_server.repacking import Repacking
 from petals_server.training import BackwardWork, KeptGraph, TrainingForwardWork, TrainingRequest
 from petals_server.tuning_sessions import TuningSessions
 
@@ -32,6 +34,8 @@ class TrainingRequests:
         self.sessions = TuningSessions(engine=engine, limits=limits)
         """Matrices that clients train."""
         self.graphs = GraphStore(budget_bytes=limits.max_graph_bytes, lifetime_s=limits.max_graph_s)
+        self.weights = Repacking(packing_of(model.span), model.threads, engine=engine, graphs=self.graphs)
+        """Their form."""
         self._model = model
         self._engine = engine
         self._limits = limits
@@ -48,27 +52,30 @@ class TrainingRequests:
         """
         checked = self._with_adapters(peer_id, request, check_forward(request, message, span), span)
         graph = None if request.graph_id is None else Graph(peer_id=peer_id)
+        deadline_s = arrived_s + request.deadline_ms / 1000
         work = TrainingForwardWork(
             span,
             self._model.threads,
             checked,
             graph=graph,
             store=self.graphs,
-            deadline_s=arrived_s + request.deadline_ms / 1000,
+            deadline_s=deadline_s,
             max_turn_tokens=self._max_turn_tokens,
             peer_id=peer_id,
         )
-        try:
-            result = await self._engine.compute(work)
-        except BaseException:
-            if graph is not None:
+        if graph is None or request.graph_id is None:
+            return work, await self._engine.compute(work), False
+        async with self.weights.unpacked(deadline_s=deadline_s):
+            try:
+                result = await self._engine.compute(work)
+            except BaseException:
                 self.graphs.drop(graph)
-            raise
-        if work.graph is None or request.graph_id is None:
-            return work, result, False
-        self.graphs.keep(request.graph_id, work.graph, now_s=time.monotonic())
-        self._schedule_sweep(self._limits.max_graph_s)
-        return work, result, True
+                raise
+            if work.graph is None:
+                return work, result, False
+            self.graphs.keep(request.graph_id, work.graph, now_s=time.monotonic())
+            self._schedule_sweep(self._limits.max_graph_s)
+            return work, result, True
 
     async def backward(
         self, peer_id: PeerId, request: Backward, message: Message, span: Span, *, arrived_s: float
@@ -92,18 +99,20 @@ class TrainingRequests:
             assert kept is None or isinstance(kept, KeptGraph)
             if kept is not None and not kept.is_of(span, checked.row_tokens):
                 raise InvalidRequestError("the graph that the backward names is of another forward")
+            deadline_s = arrived_s + request.deadline_ms / 1000
             work = BackwardWork(
                 span,
                 self._model.threads,
                 checked,
                 graph=kept,
                 max_graph_bytes=self._limits.max_graph_bytes,
-                deadline_s=arrived_s + request.deadline_ms / 1000,
+                deadline_s=deadline_s,
                 max_turn_tokens=self._max_turn_tokens,
                 peer_id=peer_id,
             )
             del kept
-            return work, await self._engine.compute(work)
+            async with self.weights.unpacked(deadline_s=deadline_s):
+                return work, await self._engine.compute(work)
         finally:
             if graph is not None:
                 self.graphs.drop(graph)
@@ -142,11 +151,13 @@ class TrainingRequests:
         next_s = self.graphs.drop_expired(now_s=now_s)
         if next_s is not None:
             self._schedule_sweep(next_s - now_s)
+        self.weights.look(now_s)
 
-    def close(self) -> None:
-        """Forget the time of the next sweep."""
+    async def close(self) -> None:
+        """Do nothing more by itself: the engine is going to be closed. Idempotent."""
         if self._sweep is not None:
             self._sweep.cancel()
+        await self.weights.close()
 
 
 def is_for_training(request: Forward) -> bool:

@@ -16,7 +16,8 @@ from petals_server.cache.pages import CachePages, PageRun, SessionPages, plan_gr
 from petals_server.cache.tensors import CacheTensors
 from petals_server.execution import attention
 from petals_server.execution.batch import Batch, active
-from petals_server.execution.linear import Linear, Packing
+from petals_server.execution.linear import Linear
+from petals_server.execution.packing import Packing
 from petals_server.execution.probe import Form, find_layout
 from petals_server.execution.programs import RecordingError, StepPrograms
 from petals_server.execution.rewriting import RULES, Rewriter, Rule
@@ -34,7 +35,9 @@ class Bench:
         width: int = 64,
         dtype: torch.dtype = torch.float32,
         rules: Sequence[Rule] = RULES,
+        is_packed: bool | None = None,
     ) -> None:
+        """``is_packed``: the weights, of layers that oneDNN multiplies; None: torch's own layers."""
         self.width = width
         make_checkpoint(folder, family, num_blocks=2, hidden_size=width)
         self.span = load_span(Checkpoint.open(folder), 0, 2, dtype=dtype)
@@ -46,6 +49,12 @@ class Bench:
         self.table: SessionPages = pages.open(1)
         self.table.grow([0], [120])
         self.table.grow_window(0, 0, 120)
+        if is_packed is not None:
+            for layer in self.span.blocks.modules():
+                if type(layer) is torch.nn.Linear:
+                    layer.__class__ = Linear
+        if is_packed:
+            self.packing = Packing([layer for layer in self.span.blocks.modules() if isinstance(layer, Linear)])
         self.programs = StepPrograms(self.span, rules=rules)
         self.generator = torch.Generator().manual_seed(0)
 
@@ -129,20 +138,30 @@ def test_a_rule_that_changes_results_or_fails_is_not_used(rule: Rule, tmp_path: 
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_programs_of_large_layers_compute_what_the_layers_compute(is_packed: bool, tmp_path: Path) -> None:
-    bench = Bench(tmp_path, "llama", width=1024)
-    layers = []
-    for module in bench.span.blocks.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = Linear
-            assert isinstance(module, Linear)
-            layers.append(module)
-    if is_packed:
-        Packing(layers)
+    bench = Bench(tmp_path, "llama", width=1024, is_packed=is_packed)
     bench.plain(bench.states(20), 0)
     for count in (1, 2, 3, 4, 1, 2, 5):
         hidden = bench.states(count)
         assert torch.equal(bench.replayed(hidden, 20), bench.plain(hidden, 20))
     assert bench.programs.is_traced
+
+
+def test_programs_hold_no_weights_that_change_form(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "llama", width=512, is_packed=True)
+    bench.plain(bench.states(20), 0)
+    hidden = bench.states(1)
+    first = bench.replayed(hidden, 20)
+    for change in (bench.packing.unpack_next, bench.packing.pack_next):
+        is_left = True
+        while is_left:
+            is_left = change()
+            assert not bench.programs.is_traced
+            assert bench.programs.fits(1) != is_left
+            if bench.programs.fits(1):
+                output = bench.replayed(hidden, 20)
+                assert torch.equal(output, bench.plain(hidden, 20))
+                assert bench.programs.is_traced
+    assert torch.equal(output, first)
 
 
 def test_a_token_alone_is_computed_without_python_where_its_pages_follow_each_other(tmp_path: Path) -> None:

@@ -2,31 +2,26 @@
 
 torch multiplies matrices in float32 by MKL, which uses AVX2 on processors of other makers than its own; oneDNN, which
 torch brings along too, uses AVX-512 on all. Before each product oneDNN would bring the weights into an order of its
-own, most of the work for a few rows: they are kept in that order (packed) until somebody asks for a gradient, for which
-oneDNN needs them as they were. Sums are taken in another order than torch's, so results differ in the last bits, as
-they do between batches of different sizes. ``tools/bench_linear.py`` prints what it brings; docs/benchmarks.md has the
-figures.
+own, most of the work for a few rows: they are kept in that order (packed) while nobody asks for gradients, for which
+oneDNN needs them as they were (:mod:`petals_server.execution.packing`). Sums are taken in another order than torch's,
+so results differ in the last bits, as they do between batches of different sizes. ``tools/bench_linear.py`` prints what
+it brings; docs/benchmarks.md has the figures.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
-import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Optional, Protocol, Union, final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Optional, Union, final
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from petals_core.errors import first_line
-from petals_core.models.span import Span
-
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from petals_server.execution.packing import Packing
 
 MIN_ELEMENTS: Final = 1 << 18
 """Of a weight: for smaller ones finding the kernel takes oneDNN longer than multiplying."""
@@ -68,7 +63,7 @@ class Linear(nn.Linear):
     """A linear layer whose weights are not trained."""
 
     packing: Packing | None = None
-    """By which its weights are packed; None: they are not."""
+    """By which its weights change form; None: they are in torch's order for good."""
 
     def __deepcopy__(self, memo: object) -> Linear:
         """Itself: parts of a span are copies of its modules, and weights that change form change for all of them."""
@@ -83,83 +78,6 @@ class Linear(nn.Linear):
             output: torch.Tensor = _Product.apply(input, weight, bias)
             return output
         return product(input, weight, bias)
-
-
-class WeightsHolder(Protocol):
-    """What keeps weights of layers beside the layers."""
-
-    def forget(self) -> None:
-        """Let go of them."""
-
-
-@final
-class Packing:
-    """The large weights of layers in oneDNN's order, in the place of those in torch's."""
-
-    def __init__(self, layers: Sequence[Linear]) -> None:
-        self._layers = [layer for layer in layers if layer.weight.numel() >= MIN_ELEMENTS]
-        self._holders: weakref.WeakSet[WeightsHolder] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        """Around the holders: sessions bring new ones from the event loop."""
-        for layer in self._layers:
-            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
-            layer.weight = nn.Parameter(packed, requires_grad=False)
-            layer.packing = self
-
-    def tell(self, holder: WeightsHolder) -> None:
-        """Let a holder of packed weights know when they are no more. In any thread."""
-        with self._lock:
-            self._holders.add(holder)
-
-    def undo(self) -> None:
-        """Bring the weights back into torch's order, for good: a copy of both would take the memory twice.
-
-        In the device's thread.
-        """
-        with self._lock:
-            for holder in self._holders:
-                holder.forget()
-        for layer in self._layers:
-            layer.weight = nn.Parameter(layer.weight.to_dense(), requires_grad=False)
-            layer.packing = None
-
-
-def install(span: Span) -> None:
-    """Let the span's linear layers be multiplied by oneDNN, if it is loaded on a CPU and that is faster there."""
-    if span.device.type != "cpu" or span.dtype is not torch.float32 or not is_faster():
-        return
-    layers = [module for module in span.blocks.modules() if type(module) is nn.Linear]
-    for layer in layers:
-        layer.__class__ = Linear
-    packing = Packing([layer for layer in layers if isinstance(layer, Linear)])
-    if not _can_compute(span):
-        packing.undo()
-
-
-@torch.inference_mode()
-def _can_compute(span: Span) -> bool:
-    """Whether a prompt and a token go through the span: some blocks (jamba) read a layer's weights themselves."""
-    cache = span.new_cache()
-    try:
-        for num_tokens in (2, 1):
-            span(torch.zeros(1, num_tokens, span.hidden_size), cache=cache)
-    except Exception as error:  # whatever blocks do
-        log.debug("weights are not packed: %s", first_line(error))
-        return False
-    return True
-
-
-def packing_of(span: Span) -> Packing | None:
-    """By which weights of the span are packed; None: they are not, or not any more."""
-    packings = (module.packing for module in span.blocks.modules() if isinstance(module, Linear))
-    return next((packing for packing in packings if packing is not None), None)
-
-
-def unpack(span: Span) -> None:
-    """Bring the span's weights into the order that gradients need; all layers that were packed with them too."""
-    packing = packing_of(span)
-    if packing is not None:
-        packing.undo()
 
 
 @functools.cache

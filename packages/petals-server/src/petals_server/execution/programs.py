@@ -29,6 +29,7 @@ from petals_core.models import transformers_attention
 from petals_core.models.span import Span
 from petals_server.execution import attention, linear
 from petals_server.execution.batch import Batch
+from petals_server.execution.packing import packing_of
 from petals_server.execution.rewriting import RULES, Constants, Rule, note_form, rewrite
 from petals_server.execution.traces import LoneTrace, Program
 from petals_server.scheduling.plan import RowPart
@@ -62,9 +63,9 @@ class StepPrograms:
         """The program for one token."""
         self.is_broken = False
         """Recording failed once: blocks do something that no program holds."""
-        packing = linear.packing_of(span)
-        if packing is not None:
-            packing.tell(self)
+        self._packing = packing_of(span)
+        if self._packing is not None:
+            self._packing.tell(self)
 
     def forget(self) -> None:
         """Let go of all programs, and of the weights that they hold; the next turn of each size records a new one."""
@@ -72,8 +73,9 @@ class StepPrograms:
         self._trace = None
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether there is, or will be, a program for so many tokens."""
-        return not self.is_broken and num_tokens <= MAX_TOKENS
+        """Whether a turn of so many tokens is computed by a program, there already or made of it."""
+        is_changing = self._packing is not None and self._packing.is_mixed  # the next layer's change would undo it
+        return not self.is_broken and not is_changing and num_tokens <= MAX_TOKENS
 
     def holds(self, num_tokens: int) -> bool:
         """Whether there is a program for so many tokens."""
