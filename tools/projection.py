@@ -40,7 +40,7 @@ MODEL_STEP_S = 0.284
 (https://huggingface.co/blog/bloom-inference-pytorch-scripts, "accelerate int8", batch 1)."""
 ATTENTION_S_PER_TOKEN = 0.0646 / 1920
 """What the cache's length adds to a step, from the published 1.71 and 1.54 steps/s at 128 and 2,048 tokens."""
-HOP_S = 0.0005
+HOP_S = 0.00043
 """What a hop of this project adds, ``tools/bench_hop.py``, thin model, three servers (docs/benchmarks.md)."""
 TOKENS_PER_TRIP = 2.5
 """With a draft model that is accepted as often as the demo model's has to be (``tools/bench_speculation.py``)."""
