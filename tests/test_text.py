@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import petals_client
 from petals_client.cli import app
-from petals_core.errors import InvalidRequestError
+from petals_core.errors import InvalidRequestError, MissingBlocksError
 
 PROMPT = "What is a list?"
 
@@ -127,6 +127,17 @@ def test_chat_command(pair: Any) -> None:
     ]
     assert result.stdout.replace("> ", "") == f"{first}\n{answer_locally(pair, turns, 12)}\n"
     pair.swarm.wait_for_sessions(0)
+
+
+def test_chat_asks_for_nothing_while_blocks_are_missing(pair: Any, new_swarm: Any) -> None:
+    swarm = new_swarm()
+    swarm.add(pair.folder, 0, 4)
+    command = ["chat", str(pair.folder), "--initial-peers", swarm.initial_peers[0]]
+    result = typer.testing.CliRunner().invoke(app, command, input=f"{PROMPT}\n\n")
+    assert isinstance(result.exception, MissingBlocksError)
+    assert "blocks 4:8" in result.exception.message
+    assert result.stdout == ""
+    assert "Looking for servers" in result.stderr
 
 
 def test_status_command(pair: Any) -> None:

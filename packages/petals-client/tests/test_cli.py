@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -35,8 +37,17 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_version() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(
+        f"petals-client {version('petals-client')} (Python {platform.python_version()}, torch "
+    )
+
+
 def test_help() -> None:
     result = run("--help")
     assert result.returncode == 0
+    assert "Use a language model that a swarm of servers runs." in result.stdout
     for command in ("generate", "chat", "status"):
         assert command in result.stdout

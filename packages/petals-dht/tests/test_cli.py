@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,11 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         main()
     assert isinstance(caught.value.code, int)
     return caught.value.code
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(["--version"], monkeypatch) == 0
+    assert capsys.readouterr().out.startswith(f"petals-dht {version('petals-dht')} (Python ")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_without_arguments_there_is_help() -> None:
     assert (process.returncode, output) == (2, "")
     assert errors.startswith("Usage: ")
     assert errors.count("\n") > 5
+
+
+def test_version() -> None:
+    with start(["--version"]) as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert output.startswith(f"petals-server {version('petals-server')} (Python ")
 
 
 def test_help_shows_no_names_of_earlier_versions() -> None:

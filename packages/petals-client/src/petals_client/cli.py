@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from petals_core.errors import ConfigurationError, PetalsError
-from petals_core.terminal import HELP_WIDTH, parse_connectable_addresses, run_app, stderr_console
+from petals_core.terminal import HELP_WIDTH, describe_version, parse_connectable_addresses, run_app, stderr_console
 
 if TYPE_CHECKING:
     from petals_client.client import Client
@@ -25,7 +25,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": HELP_WIDTH},
-    help="Use a language model that a swarm of servers runs.",
 )
 
 Model = Annotated[
@@ -135,6 +134,21 @@ Compression = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what happens, and tracebacks.")]
 
 
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(describe_version("petals-client"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Use a language model that a swarm of servers runs."""
+
+
 @app.command()
 def generate(
     model: Model,
@@ -208,12 +222,17 @@ def chat(
     settings = generation_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     settings |= {"speculation": speculation, "draft_model": draft_model}
     options = _options(initial_peers, swarm_key_file, allowed_servers, blocked_servers, compression, identity)
-    client = _connect(model, options, torch_dtype, revision, verbose, active_adapter)
     console = stderr_console()
+    console.print(f"Looking for servers of {model} ...", markup=False)
+    client = _connect(model, options, torch_dtype, revision, verbose, active_adapter)
     with client:
         from petals_client.client import seeded
         from petals_client.conversation import Conversation
 
+        blocks = client.model.remote_blocks
+        chain = blocks.chain.explain_route(blocks.start, blocks.end).chain
+        servers = "1 server holds" if len(chain) == 1 else f"{len(chain)} servers hold"
+        console.print(f"{servers} its {len(blocks)} blocks.")
         with seeded(seed), Conversation(client, max_length=max_length, settings=settings) as conversation:
             console.print("Write something; an empty line or Ctrl-D ends the conversation.")
             while line := _read_line():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
 
 from petals_core.addresses import Address
@@ -88,6 +90,12 @@ def stderr_console() -> Console:
     from rich.console import Console  # Costs 50 ms, so only who wants it pays.
 
     return Console(stderr=True, highlight=False)
+
+
+def describe_version(package: str) -> str:
+    """One line: the version of a package, and of what decides most about how it computes."""
+    parts = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("torch", "transformers"))]
+    return f"{package} {version(package)} ({', '.join(parts)})"
 
 
 def parse_addresses(texts: Iterable[str]) -> tuple[Address, ...]:

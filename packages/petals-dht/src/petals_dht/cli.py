@@ -12,7 +12,7 @@ import typer
 from petals_core.addresses import Address
 from petals_core.errors import ConfigurationError, MissingBlocksError, PetalsError
 from petals_core.swarm_key import SwarmKey
-from petals_core.terminal import HELP_WIDTH, parse_connectable_addresses, run_app, stderr_console
+from petals_core.terminal import HELP_WIDTH, describe_version, parse_connectable_addresses, run_app, stderr_console
 
 if TYPE_CHECKING:
     from petals_dht.overview import ModelOverview
@@ -22,7 +22,6 @@ _WIDE_COLUMNS = 100
 """Of a terminal that has room for everything."""
 app = typer.Typer(
     name="petals-dht",
-    help="Start and watch the directory of a Petals swarm: who serves which blocks of which model.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -48,6 +47,21 @@ SwarmKeyFile = Annotated[
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks of errors.")]
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(describe_version("petals-dht"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Start and watch the directory of a Petals swarm: who serves which blocks of which model."""
 
 
 @app.command()

@@ -20,7 +20,7 @@ import typer
 from petals_core.errors import ConfigurationError
 from petals_core.identity import Identity, receipts_path
 from petals_core.swarm_key import SwarmKey
-from petals_core.terminal import HELP_WIDTH, parse_connectable_addresses, run_app
+from petals_core.terminal import HELP_WIDTH, describe_version, parse_connectable_addresses, run_app
 from petals_core.wire.compression import Mode
 from petals_server.comfort.schedule import Schedule
 from petals_server.config import PlacementTiming, ServerConfig, ServerLimits, parse_blocks, parse_rate, parse_size
@@ -38,8 +38,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(describe_version("petals-server"))
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Serve a span of a language model's blocks to a Petals swarm."""
 
 
