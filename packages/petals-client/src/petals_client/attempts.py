@@ -6,7 +6,7 @@ import asyncio
 from typing import Final
 
 from petals_client.objections import Objections
-from petals_client.swarm import Swarm, explain_failure
+from petals_client.swarm import Swarm, explain_end, explain_failure
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import Disposition, MissingBlocksError, PeerConnectionError, PetalsError
 from petals_core.identity import PeerId
@@ -59,7 +59,7 @@ class Attempts:
                 if self._last is None and not self._swarm.directory.were_held(start, end):
                     raise
                 if not await self._swarm.wait_for_servers(missing, deadline_s=self._deadline()):
-                    raise self._last or missing from None
+                    raise (missing if self._last is None else explain_end(self._last)) from None
                 self._barred.clear()
 
     def _deadline(self) -> float:
@@ -88,7 +88,7 @@ class Attempts:
         num_answered = sum(not isinstance(each, PeerConnectionError) for _, each in self._failures)
         is_over = len(self._failures) >= options.max_attempts and now_s >= deadline_s
         if num_answered >= options.max_attempts or is_over:
-            raise failure from error
+            raise explain_end(failure) from error
         is_first = not self._is_second(hop.peer_id)
         if error.disposition is Disposition.GIVE_UP:
             self._objections.note(hop.peer_id, error, failure)

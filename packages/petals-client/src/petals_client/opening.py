@@ -14,7 +14,7 @@ from petals_client.adaptation import Adaptation
 from petals_client.liveness import attend
 from petals_client.objections import Objections
 from petals_client.session import HopSession
-from petals_client.swarm import Servers, Swarm, explain_failure
+from petals_client.swarm import Servers, Swarm, explain_end, explain_failure
 from petals_core.announcement import SignedAnnouncement
 from petals_core.errors import (
     AuthenticationError,
@@ -185,7 +185,7 @@ class ChainOpener:
                     failure = error
                 if is_final or loop.time() + pause_s >= deadline_s:
                     if failure is not None and not is_urgent:
-                        raise failure from None
+                        raise explain_end(failure) from None
                     raise
                 if loop.time() - told_s >= _TELL_S:
                     told_s = loop.time()

@@ -17,7 +17,7 @@ from petals_client.objections import Objections
 from petals_client.opening import MAX_WAIT_S
 from petals_client.rebuilding import Rebuilding
 from petals_client.session import HopSession
-from petals_client.swarm import explain_failure
+from petals_client.swarm import explain_end, explain_failure
 from petals_core.errors import (
     Disposition,
     InvalidRequestError,
@@ -187,7 +187,8 @@ class Recovery:
                 if is_optional:
                     leaving[0].stays_until_s = asyncio.get_running_loop().time() + _STAY_S
                     continue
-                raise (self._objections.failure if is_doubted else self.failure) or error from error
+                failure = self._objections.failure if is_doubted else self.failure
+                raise (error if failure is None else explain_end(failure)) from error
             for hop in leaving:
                 hop.close()
                 if hop.num_refusals >= _MAX_REFUSALS_OF_ONE and self.failure is not None:
@@ -233,7 +234,7 @@ class Recovery:
             self._session.swarm.blame(hop.hop.peer_id, error)
         self._failures.append((hop.hop.peer_id, error))
         if len(self._failures) > _MAX_FAILURES:
-            raise self.failure from error
+            raise explain_end(self.failure) from error
 
     def _excluded(self) -> set[PeerId]:
         """Servers that this step asks no more. To lose a connection, or a cache, may happen once to everybody."""

@@ -364,6 +364,12 @@ class Swarm:
 def explain_failure(hop: Hop, error: PetalsError) -> PetalsError:
     """Say which server failed, in the error's own class."""
     text = f"server {hop.peer_id.short} (blocks {hop.start}:{hop.end}) failed: {error.message}"
-    if error.disposition is Disposition.GO_ELSEWHERE:
-        text += "; it is avoided from now on, so try again"
     return type(error)(text, retry_after_s=error.retry_after_s)
+
+
+def explain_end(failure: PetalsError) -> PetalsError:
+    """Say what to do about a server's ``failure`` when it was the last: others were tried, or there are none."""
+    if failure.disposition is not Disposition.GO_ELSEWHERE:
+        return failure
+    text = f"{failure.message}; start another server of these blocks, or try again later"
+    return type(failure)(text, retry_after_s=failure.retry_after_s)
