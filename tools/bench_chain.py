@@ -4,10 +4,10 @@ Runs itself in the network lab (docs/network-lab.md): a client and three servers
 between them. *Decoding*, 50 ms one way between any two hosts: a step should take the one-way delays around the ring and
 the computing, and next to nothing more. *Prefill* of 2,048 tokens, 20 ms one way, at two rates: in parts that follow
 each other through the chain, and in one piece; beside the slowest stage, a link or all computing together (the servers
-share this machine's cores), and beside the processor time that everything in the lab took meanwhile, the router and the
-encryption included. *Forward* of as many tokens in 16 rows, without a session and gradients: around the ring in
-parts, and in one piece. Compression is off, so that the bytes are those of the states.
-Needs root.
+share this machine's cores, so it is measured with all of them at work), and beside the processor time that everything
+in the lab took meanwhile, the router and the encryption included; and on hosts whose kernels let connections keep their
+windows in pauses. *Forward* of as many tokens in 16 rows, without a session and gradients: around the ring in parts,
+and in one piece. Compression is off, so that the bytes are those of the states. Needs root.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ TARGETS = {20: 2.5, 100: 1.4}
 PAYLOAD_SHARE = 1448 / 1500
 """Of a rate of whole IP packets, what TCP's payload can get."""
 READY_TIMEOUT_S = 120.0
+NUM_CORES = os.cpu_count() or 1
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +82,14 @@ class Prefill:
     whole_s: float
     link_s: float
     """What the bytes of the states take on one link."""
+    alone_s: float
+    """Computing of all servers, one after another for the prompt in one piece, over the number of cores."""
     compute_s: float
-    """Of all servers together, with one thread each on all of this machine's cores: what they took one after another
-    for the prompt in one piece, over the number of cores."""
+    """Computing of all servers together on the cores that they share: see ``measure_computing``."""
     work_s: float
     """Processor time of the whole lab while the prompt went in parts, over the number of cores."""
+    kept_s: float
+    """In parts, on hosts whose kernels keep connections' windows in pauses."""
 
     @property
     def slowest_s(self) -> float:
@@ -103,6 +110,13 @@ def change_network(**settings: str) -> None:
     text = ",".join(f"{name}={value}" for name, value in settings.items())
     command = [sys.executable, str(TOOLS / "network_lab.py"), "--change", *(f"{host}:{text}" for host in HOSTS)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def keep_windows(is_on: bool) -> None:
+    """Whether the kernels of all hosts keep what a connection may have under way when it has sent nothing for long."""
+    command = f"echo {int(not is_on)} > /proc/sys/net/ipv4/tcp_slow_start_after_idle"
+    for host in HOSTS:
+        subprocess.run([*place(host).prefix, "sh", "-c", command], check=True)
 
 
 def place(host: str) -> local_swarm.Place:
@@ -143,7 +157,40 @@ def processor_time_s() -> float:
         with contextlib.suppress(OSError):  # it has ended
             user, system = path.read_text().rpartition(")")[2].split()[11:13]
             num_ticks += int(user) + int(system)
-    return num_ticks / os.sysconf("SC_CLK_TCK")
+    return num_ticks / TICKS_PER_S
+
+
+def computing_time_s(servers: Sequence[local_swarm.Process]) -> dict[tuple[int, str], float]:
+    """Processor time of each thread of the servers so far, by the server's place and the thread's number."""
+    places = {str(server.pid): place for place, server in enumerate(servers)}  # each has a session of processes
+    times_s = {}
+    for path in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = path.read_text().rpartition(")")[2].split()
+            if fields[3] in places:
+                times_s[places[fields[3]], path.parent.name] = (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    return times_s
+
+
+def measure_computing(models: Sequence[Any], servers: Sequence[local_swarm.Process], num_runs: int) -> float:
+    """Seconds in which this machine's cores compute a prompt, in one piece in each server, with all of them at work.
+
+    As many prompts are under way as there are cores, on a network that does not count: cores share caches and memory,
+    so that computing takes longer than in a server alone. It is the processor time of the thread of each server that
+    computes, over the number of cores: the network, the encryption and the client are left out, and so is waiting.
+    """
+
+    def send(model: Any) -> None:
+        for run in range(num_runs):
+            prefill(model, run)
+
+    before = computing_time_s(servers)
+    with ThreadPoolExecutor(len(models)) as clients:
+        list(clients.map(send, models))
+    after = computing_time_s(servers)
+    spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in after.items()}
+    per_server = [max(s for (place, _), s in spent.items() if place == number) for number in range(len(servers))]
+    return sum(per_server) / (num_runs * len(models)) / min(NUM_CORES, len(servers))
 
 
 @torch.inference_mode()
@@ -159,19 +206,25 @@ def prefill(model: Any, seed: int) -> tuple[float, float, float]:
         return taken_s, sum(hop.compute_s for hop in session.trace()[-1].hops), work_s
 
 
-def measure_prefill(pipelined: Any, whole: Any, rate_mbit: int, hidden_size: int, num_runs: int) -> Prefill:
-    num_cores = os.cpu_count() or 1
+def measure_prefill(
+    pipelined: Any, whole: Any, rate_mbit: int, hidden_size: int, num_runs: int, compute_s: float
+) -> Prefill:
     parts, wholes = [], []
     for run in range(num_runs):
         parts.append(prefill(pipelined, run))
         wholes.append(prefill(whole, run))
+    keep_windows(True)
+    kept = [prefill(pipelined, run) for run in range(num_runs)]
+    keep_windows(False)
     return Prefill(
         rate_mbit=rate_mbit,
         parts_s=statistics.median(taken_s for taken_s, _, _ in parts),
         whole_s=statistics.median(taken_s for taken_s, _, _ in wholes),
         link_s=PREFILL_TOKENS * hidden_size * 4 * 8 / (rate_mbit * 1e6 * PAYLOAD_SHARE),
-        compute_s=statistics.median(compute_s for _, compute_s, _ in wholes) / min(num_cores, len(HOSTS) - 1),
-        work_s=statistics.median(work_s for _, _, work_s in parts) / num_cores,
+        alone_s=statistics.median(alone_s for _, alone_s, _ in wholes) / min(NUM_CORES, len(HOSTS) - 1),
+        compute_s=compute_s,
+        work_s=statistics.median(work_s for _, _, work_s in parts) / NUM_CORES,
+        kept_s=statistics.median(taken_s for taken_s, _, _ in kept),
     )
 
 
@@ -208,6 +261,14 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
         ]
         for process in processes:
             process.wait_for(local_swarm.READY, READY_TIMEOUT_S)
+        console.print("computing", style="dim")
+        wholes = [load(folder, swarm.address, PREFILL_TOKENS) for _ in range(min(NUM_CORES, len(processes)))]
+        for model in wholes:
+            prefill(model, 0)
+        compute_s = measure_computing(wholes, processes, options.runs)
+        for model in wholes:
+            model.close()
+        console.print(f"  {compute_s:.2f} s for a prompt on all cores", style="dim")
         console.print("decoding", style="dim")
         change_network(delay=f"{500 * ONE_WAY_S:g}ms", rate="unlimited")
         model = load(folder, swarm.address, None)
@@ -223,7 +284,7 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
             console.print(f"prefill at {rate_mbit} Mbit/s", style="dim")
             change_network(delay=f"{500 * PREFILL_ONE_WAY_S:g}ms", rate=f"{rate_mbit}mbit")
             pipelined, whole = load(folder, swarm.address, None), load(folder, swarm.address, PREFILL_TOKENS)
-            figures.append(measure_prefill(pipelined, whole, rate_mbit, hidden_size, options.runs))
+            figures.append(measure_prefill(pipelined, whole, rate_mbit, hidden_size, options.runs, compute_s))
             last = figures[-1]
             console.print(f"  {last.whole_s:.2f} s in one piece, {last.parts_s:.2f} s in parts", style="dim")
             batches.append(measure_forward(pipelined, whole, rate_mbit, options.runs))
@@ -264,8 +325,10 @@ def report(console: Console, decoding: Decoding, figures: list[Prefill], batches
         )
         row("  times as fast", f"{gain:.2f}", f"{target}", None if target is None else gain >= target)
         row("  one link alone", f"{each.link_s:.2f} s")
-        row("  all computing", f"{each.compute_s:.2f} s")
+        row("  all computing, each server alone", f"{each.alone_s:.2f} s")
+        row("  all computing, all cores at work", f"{each.compute_s:.2f} s")
         row("  all that the cores did in the lab", f"{each.work_s:.2f} s")
+        row("  in parts, hosts that keep windows in pauses", f"{each.kept_s:.2f} s")
     for batch in batches:
         name = f"forward of {FORWARD_ROWS} x {PREFILL_TOKENS // FORWARD_ROWS} at {batch.rate_mbit} Mbit/s"
         row(f"{name}, in one piece", f"{batch.whole_s:.2f} s")

@@ -144,6 +144,15 @@ def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:
     assert 0.8 / 0.1 <= window.limit <= 2 * 0.8 / 0.1 + 1
 
 
+def test_results_that_come_together_do_not_look_like_a_fast_chain() -> None:
+    """Two parts in a millisecond and then none for as long as two take: the rate is that of both."""
+    window = FlightWindow(3)
+    for number in range(40):
+        window.sent()
+        window.done(num_tokens=64, trip_s=0.4, now_s=0.2 * (number // 2) + 0.001 * (number % 2))
+    assert window.limit <= 2 * 2 * 0.4 / 0.1
+
+
 @pytest.mark.parametrize(("token_bytes", "first"), [(512, 8), (2048, 6), (4096, 3), (28_672, 3)])
 def test_a_first_part_fits_the_first_round_trip_where_that_holds_enough(token_bytes: int, first: int) -> None:
     sizes = choose_part_sizes(2048, 3, max_tokens=512, token_bytes=token_bytes, link_bytes_per_s=None)

@@ -165,7 +165,7 @@ class FlightWindow:
         self.num_in_flight = 0
         self._largest = 0
         self._least_trip_s = math.inf
-        self._tokens_per_s: float | None = None
+        self._token_s: float | None = None
         self._last_s: float | None = None
 
     @property
@@ -185,10 +185,10 @@ class FlightWindow:
         elif num_tokens == self._largest:
             self._least_trip_s = min(self._least_trip_s, trip_s)
         if self._last_s is not None:
-            tokens_per_s = num_tokens / max(now_s - self._last_s, 1e-6)
-            if self._tokens_per_s is None:
-                self._tokens_per_s = tokens_per_s
-            self._tokens_per_s += (tokens_per_s - self._tokens_per_s) * _WEIGHT
-            full = self._least_trip_s * self._tokens_per_s / self._largest
+            token_s = (now_s - self._last_s) / num_tokens
+            if self._token_s is None:
+                self._token_s = token_s
+            self._token_s += (token_s - self._token_s) * _WEIGHT
+            full = self._least_trip_s / max(self._token_s, 1e-6) / self._largest
             self.limit = min(_MAX_IN_FLIGHT, max(self._floor, math.ceil(_GAIN * full)))
         self._last_s = now_s
