@@ -132,8 +132,8 @@ def _attend_row(
         output_HND = functional.scaled_dot_product_attention(
             folded, keys_GKD[None], values_GKD[None], attn_mask=mask, scale=scale
         ).reshape(num_heads, count, -1)  # on CUDA the result lies otherwise in memory than on CPUs
-    elif view.mask is not None and products.suits(query_HND, keys_GKD):
-        output_HND = products.attend(query_HND, keys_GKD, values_GKD, view.mask, scale)
+    elif products.suits(query_HND, keys_GKD):
+        output_HND = products.attend(query_HND, keys_GKD, values_GKD, None if view.sees_past else view.mask, scale)
     else:
         output_HND = functional.scaled_dot_product_attention(
             query_HND[None],

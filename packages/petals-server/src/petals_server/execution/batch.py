@@ -37,6 +37,8 @@ class RowView:
     """Whether nothing but its new tokens is there, each of which sees those up to itself."""
     mask: torch.Tensor | None
     """What is added to scores [count, K]; None: each token sees all, or ``is_causal``."""
+    sees_past: bool = True
+    """Whether each of its new tokens sees all keys up to its own."""
 
 
 class Batch:
@@ -119,7 +121,8 @@ class Batch:
             else:
                 dtype = self.cache.keys_SGD[0].dtype
                 mask = causal_mask(row.past, row.count, first, kind, dtype=dtype, device=self.device)
-        return RowView(start=start, count=row.count, slots=slots, is_causal=is_causal, mask=mask)
+        sees_past = first_seen(end - 1, kind) == first
+        return RowView(start=start, count=row.count, slots=slots, is_causal=is_causal, sees_past=sees_past, mask=mask)
 
 
 def first_seen(past: int, kind: LayerKind) -> int:
