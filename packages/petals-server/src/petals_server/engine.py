@@ -128,7 +128,6 @@ class Engine:
                 await self._loop.run_in_executor(self._coder, work.prepare)
             else:
                 work.prepare()
-            work.future = self._loop.create_future()
             with self._lock:
                 if self._is_closed:
                     raise DrainingError("the server is stopping")
@@ -137,20 +136,30 @@ class Engine:
                 self._scheduler.add(work, now_s)
                 finished = self._turn_here(now_s) if may_compute else []
                 if work in self._scheduler:
+                    work.future = self._loop.create_future()
                     self._ring()
-            self._settle(finished)
-            try:
-                await work.future
-            except asyncio.CancelledError:
-                with self._lock:
-                    self._scheduler.remove(work)
-                raise
+            if work.future is not None:
+                await self._settled(work, work.future)
+            else:
+                self._note_pages()
+                for _, error in finished:  # by a turn of this work alone
+                    if error is not None:
+                        raise error
             if work.is_heavy:
                 return await self._loop.run_in_executor(self._coder, work.result)
             return work.result()
         finally:
             self._num_queued -= 1
             self._num_queued_tokens -= work.num_tokens
+
+    async def _settled(self, work: Work[T], future: asyncio.Future[None]) -> None:
+        """Wait until the device's thread has computed ``work``."""
+        try:
+            await future
+        except asyncio.CancelledError:
+            with self._lock:
+                self._scheduler.remove(work)
+            raise
 
     def _may_compute_here(self, work: Work[T], now_s: float) -> bool:
         """Whether nobody but ``work`` wants the device now, or soon; with the lock held."""

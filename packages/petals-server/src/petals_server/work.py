@@ -41,7 +41,7 @@ class Work(Request, Generic[T]):
             max_turn_tokens=max_turn_tokens,
         )
         self.future: asyncio.Future[None] | None = None
-        """The engine's, from when the work is scheduled: done when it is computed, or has failed."""
+        """The engine's, while the device's thread has the work: done when it is computed, or has failed."""
 
     @property
     def is_heavy(self) -> bool:

@@ -48,9 +48,10 @@ class PackedStates:
 
     def encode(self, output_TH: torch.Tensor) -> EncodedStates:
         """An answer in the dtype and encoding of the request; the connection compresses it where that pays."""
-        if output_TH.dtype != (dtype := getattr(torch, self.spec.dtype)):
+        asked = self.spec
+        if output_TH.dtype != (dtype := getattr(torch, asked.dtype)):
             output_TH = output_TH.to(dtype)
-        spec, buffers = encode(output_TH, encoding=Encoding(self.spec.encoding))
+        spec, buffers = encode(output_TH, encoding=None if asked.encoding == asked.dtype else Encoding(asked.encoding))
         return EncodedStates(spec=spec, buffers=buffers)
 
 

@@ -130,7 +130,7 @@ class Pace:
 
     @property
     def _max_wait_s(self) -> float:
-        return min(MAX_WAIT_S, MAX_WAIT_SHARE * self.decode_turn_s(1))
+        return min(MAX_WAIT_S, MAX_WAIT_SHARE * self._decode_s[0])
 
     def bulk_tokens(self, num_decode: int, now_s: float, present: Set[object] = frozenset()) -> int:
         """How many tokens of other requests may be in a turn with so many of decode steps.

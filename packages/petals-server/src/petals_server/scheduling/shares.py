@@ -14,6 +14,7 @@ next, and who comes back from having nothing to do starts where the others are, 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -98,19 +99,16 @@ class Shares:
         """``weight`` of a peer: twice the weight is twice the share. It has to be positive."""
         self._peers: VirtualTimes[Hashable] = VirtualTimes(weight)
         self._kinds: VirtualTimes[bool] = VirtualTimes(TIME_SHARES.__getitem__)
-        self._ordered_s: float | None = None
+        self._ordered_s = -math.inf
         """When work was ordered last: what had arrived by then and is here again has waited all along."""
         self._waited: set[bool] = set()
 
     def order(self, requests: Sequence[R], now_s: float) -> list[R]:
         """All requests that wait, who goes first at the head. To be called once for each turn."""
-        waiting_peers: dict[Hashable, bool] = {}
-        for request in requests:
-            has_waited = self._ordered_s is not None and request.arrived_s <= self._ordered_s
-            waiting_peers[request.peer_id] = waiting_peers.get(request.peer_id, False) or has_waited
-        for peer_id, has_waited in waiting_peers.items():
-            if not has_waited:
-                self._peers.activate(peer_id)
+        waiting_peers = {request.peer_id for request in requests}
+        have_waited = {request.peer_id for request in requests if request.arrived_s <= self._ordered_s}
+        for peer_id in waiting_peers - have_waited:
+            self._peers.activate(peer_id)
         self._peers.retain(waiting_peers)
         kinds = {request.urgency is Urgency.TRAINING for request in requests}
         for kind in kinds - self._waited:
