@@ -259,17 +259,8 @@ class SwarmChainSession:
                 "this session was opened before this process was forked, and stays with the parent: "
                 "open another one here with model.inference_session()"
             )
-        options = self._options
         rate = self._session.rate_bytes_per_s
-        sizes = choose_part_sizes(
-            hidden.shape[0],
-            len(self._session.chain),
-            max_tokens=options.max_tokens_per_request,
-            part_tokens=options.part_tokens,
-            token_bytes=hidden.shape[1] * hidden.element_size(),
-            link_bytes_per_s=rate,
-            round_trip_s=self._session.round_trip_s,
-        )
+        sizes = [1] if hidden.shape[0] == 1 else self._choose_sizes(hidden, rate)
         if num_wanted is not None and num_wanted < max(request.row_tokens):
             request = replace(request, wanted=num_wanted)
         elif len(sizes) == 1:
@@ -278,6 +269,17 @@ class SwarmChainSession:
         parts = split_columns(request, *sizes)
         inputs = [(step, encode_states(take_part(hidden, part), self._options, rate)) for step, part in parts]
         return join_parts(hidden, parts, self._thread.run(self._session.step(inputs)))
+
+    def _choose_sizes(self, hidden: Tensor, rate: float | None) -> list[int]:
+        return choose_part_sizes(
+            hidden.shape[0],
+            len(self._session.chain),
+            max_tokens=self._options.max_tokens_per_request,
+            part_tokens=self._options.part_tokens,
+            token_bytes=hidden.shape[1] * hidden.element_size(),
+            link_bytes_per_s=rate,
+            round_trip_s=self._session.round_trip_s,
+        )
 
     def trace(self) -> tuple[StepTrace, ...]:
         """See ``ChainSession.trace``."""
