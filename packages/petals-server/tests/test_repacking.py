@@ -195,10 +195,8 @@ def test_nothing_is_packed_when_the_server_stops() -> None:
             made.gate.shut()
             made.weights.look(time.monotonic() + QUIET_S)
             await made.gate.reached()
-            closing = asyncio.create_task(made.weights.close())
-            await asyncio.sleep(0)
+            await made.weights.close()
             made.gate.open()
-            await closing
             await made.look(QUIET_S)
             assert await made.engine.call(lambda: made.packing.is_mixed)
 

@@ -97,10 +97,12 @@ class Repacking:
 
     async def _pack(self, packing: Packing) -> None:
         """Pack layer by layer until all are, or somebody wants a gradient."""
-        quiet = self._quiet
-        work = LayerByLayer(lambda: not quiet.is_wanted and packing.pack_next(), self._threads, deadline_s=None)
+
+        def pack_next() -> bool:
+            return not (self._quiet.is_wanted or self._is_closed) and packing.pack_next()
+
         try:
-            await self._engine.compute(work)
+            await self._engine.compute(LayerByLayer(pack_next, self._threads, deadline_s=None))
         except DrainingError:
             return
         except PetalsError as error:
