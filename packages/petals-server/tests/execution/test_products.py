@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from petals_server.cache.pages import CachePages, plan_groups
+from petals_server.cache.tensors import CacheTensors, LayerKind
 from petals_server.execution import linear, products
+from petals_server.execution.batch import Batch, causal_mask, first_seen
+from petals_server.scheduling.plan import RowPart
 
 
 def make_states(num_heads: int, num_groups: int, num_new: int, num_keys: int) -> tuple[torch.Tensor, ...]:
@@ -46,3 +50,25 @@ def test_few_or_very_many_scores_and_other_dtypes_are_left_to_torch() -> None:
     assert products.suits(query, keys) == linear.is_faster()
     assert not products.suits(query, keys[:, :400])
     assert not products.suits(query.bfloat16(), keys.bfloat16())
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_masks_are_left_out_where_tokens_see_all_keys_up_to_their_own(window: int | None, is_chunked: bool) -> None:
+    kind = LayerKind(num_heads=1, key_size=4, value_size=4, window=window, is_chunked=is_chunked and window is not None)
+    pages = CachePages(plan_groups([window], num_tokens=64, page_tokens=4), page_tokens=4)
+    cache = CacheTensors([kind], pages, dtype=torch.float32, device=torch.device("cpu"))
+    for past in range(18):
+        for count in range(2, 12):
+            session = pages.open(1)
+            for before, taken in ((0, past), (past, count)):
+                session.grow([before], [taken])
+                session.grow_window(0, before, taken)
+            row = RowPart(row=0, start=0, count=count, past=past, runs=session.runs(0))
+            (view,) = Batch([row], cache, first_layer=0).views(0)
+            mask = causal_mask(
+                past, count, first_seen(past, kind), kind, dtype=torch.float32, device=torch.device("cpu")
+            )
+            plain = torch.full(mask.shape, float("-inf")).triu_(mask.shape[1] - count + 1)
+            assert view.sees_past == torch.equal(mask, plain)
+            session.close()
