@@ -6,8 +6,9 @@ the computing, and next to nothing more. *Prefill* of 2,048 tokens, 20 ms one wa
 each other through the chain, and in one piece; beside the slowest stage, a link or all computing together (the servers
 share this machine's cores, so it is measured with all of them at work), and beside the processor time that everything
 in the lab took meanwhile, the router and the encryption included; and on hosts whose kernels let connections keep their
-windows in pauses. *Forward* of as many tokens in 16 rows, without a session and gradients: around the ring in parts,
-and in one piece. Compression is off, so that the bytes are those of the states. Needs root.
+windows in pauses; and in parts on links that lose packets. *Forward* of as many tokens in 16 rows, without a session
+and gradients: around the ring in parts, and in one piece. Compression is off, so that the bytes are those of the
+states. Needs root.
 """
 
 from __future__ import annotations
@@ -94,6 +95,15 @@ class Prefill:
     @property
     def slowest_s(self) -> float:
         return max(self.link_s, self.compute_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """One prompt in parts, on links that lose packets at random, in seconds."""
+
+    rate_mbit: int
+    lost_percent: float
+    parts_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +238,15 @@ def measure_prefill(
     )
 
 
+def measure_loss(folder: Path, address: str, rate_mbit: int, lost_percent: float, num_runs: int) -> Loss:
+    change_network(delay=f"{500 * PREFILL_ONE_WAY_S:g}ms", rate=f"{rate_mbit}mbit", loss=f"{lost_percent / 2:g}%")
+    model = load(folder, address, None)
+    prefill(model, num_runs)  # opens connections, which then know their links
+    taken = [prefill(model, run)[0] for run in range(num_runs)]
+    model.close()
+    return Loss(rate_mbit=rate_mbit, lost_percent=lost_percent, parts_s=statistics.median(taken))
+
+
 @torch.inference_mode()
 def forward(model: Any, seed: int) -> float:
     """Seconds of a batch through the blocks alone."""
@@ -247,7 +266,7 @@ def measure_forward(pipelined: Any, whole: Any, rate_mbit: int, num_runs: int) -
     )
 
 
-def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, list[Prefill], list[Batch]]:
+def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, list[Prefill], list[Batch], list[Loss]]:
     """Everything, in the lab."""
     with tempfile.TemporaryDirectory(prefix="petals-bench-") as temporary, local_swarm.LocalSwarm() as swarm:
         os.environ["PETALS_CACHE_DIR"] = os.environ["PETALS_DATA_DIR"] = temporary
@@ -294,10 +313,17 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
             )
             pipelined.close()
             whole.close()
-    return decoding, figures, batches
+        losses = []
+        for lost_percent in options.lost:
+            console.print(f"{lost_percent:g} % of packets lost, {max(options.rates)} Mbit/s", style="dim")
+            losses.append(measure_loss(folder, swarm.address, max(options.rates), lost_percent, options.runs))
+            console.print(f"  {losses[-1].parts_s:.2f} s in parts", style="dim")
+    return decoding, figures, batches, losses
 
 
-def report(console: Console, decoding: Decoding, figures: list[Prefill], batches: list[Batch]) -> bool:
+def report(
+    console: Console, decoding: Decoding, figures: list[Prefill], batches: list[Batch], losses: list[Loss]
+) -> bool:
     """Print figures beside their targets; True if all are met."""
     table = Table("figure", "measured", "target", "", title="A chain of three servers")
     checks: list[bool] = []
@@ -334,6 +360,9 @@ def report(console: Console, decoding: Decoding, figures: list[Prefill], batches
         row(f"{name}, in one piece", f"{batch.whole_s:.2f} s")
         row(f"{name}, around the ring", f"{batch.parts_s:.2f} s")
         row("  times as fast", f"{batch.whole_s / batch.parts_s:.2f}")
+    for loss in losses:
+        name = f"{PREFILL_TOKENS} tokens at {loss.rate_mbit} Mbit/s, {loss.lost_percent:g} % of packets lost"
+        row(name, f"{loss.parts_s:.2f} s")
     console.print(table)
     return all(checks)
 
@@ -344,6 +373,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60, help="to time (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="prompts of each kind (default: %(default)s)")
     parser.add_argument("--rates", type=int, nargs="+", default=[20, 100], help="Mbit/s (default: 20 100)")
+    parser.add_argument(
+        "--lost", type=float, nargs="*", default=[0.1, 1], metavar="PERCENT", help="of packets (default: 0.1 1)"
+    )
     options = parser.parse_args()
     if sandbox.FOLDER_VARIABLE not in os.environ:
         lab = [sys.executable, str(TOOLS / "network_lab.py"), "--hosts", *HOSTS, "--on", HOSTS[0], "--"]
@@ -352,14 +384,15 @@ def main() -> int:
     torch.set_num_threads(1)
     console = Console(width=120)
     with local_swarm.stopping_in_order():
-        decoding, figures, batches = measure(console, options)
+        decoding, figures, batches, losses = measure(console, options)
     console.print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    met = report(console, decoding, figures, batches)
+    met = report(console, decoding, figures, batches, losses)
     if options.json:
         content = {
             "decoding": asdict(decoding),
             "prefill": [asdict(each) for each in figures],
             "forward": [asdict(each) for each in batches],
+            "loss": [asdict(each) for each in losses],
         }
         options.json.write_text(json.dumps(content, indent=1))
     return 0 if met else 1
