@@ -6,11 +6,14 @@ import contextlib
 import socket
 import struct
 import sys
+from dataclasses import dataclass
 from typing import Final
 
 _UNPACED: Final = b"cubic"
-_BYTES_ACKED: Final = struct.Struct("120xQ")
-"""Where ``tcpi_bytes_acked`` stands in Linux's ``struct tcp_info`` (include/uapi/linux/tcp.h)."""
+_LOSS_TOLERANT: Final = b"bbr"
+_TCP_INFO: Final = struct.Struct("=68xI28xI16xQ20xI")
+"""Where ``tcpi_rtt``, ``tcpi_total_retrans``, ``tcpi_bytes_acked`` and ``tcpi_min_rtt`` stand in Linux's ``struct
+tcp_info`` (include/uapi/linux/tcp.h)."""
 
 
 def send_bursts_at_once(sock: socket.socket) -> None:
@@ -21,19 +24,47 @@ def send_bursts_at_once(sock: socket.socket) -> None:
     the first two wait: at a round trip of 100 ms a third one came 3.4 ms later. It has to be chosen before the
     connection is made, because pacing that has begun stays. Connections of a listening socket inherit it.
     """
+    _choose(sock, _UNPACED)
+
+
+def send_in_spite_of_loss(sock: socket.socket) -> None:
+    """Have a connected socket send at the rate that arrives, where the kernel allows it.
+
+    Others than BBR take each lost packet for a sign that they send too fast. On a path that loses packets for no such
+    reason, a radio link or a busy exchange, they get to a small part of its rate.
+    """
+    _choose(sock, _LOSS_TOLERANT)
+
+
+def _choose(sock: socket.socket, name: bytes) -> None:
     option = getattr(socket, "TCP_CONGESTION", None)  # Linux only
     if option is not None:
         with contextlib.suppress(OSError):  # not in this kernel, or not for this user
-            sock.setsockopt(socket.IPPROTO_TCP, option, _UNPACED)
+            sock.setsockopt(socket.IPPROTO_TCP, option, name)
 
 
-def bytes_acknowledged(sock: socket.socket) -> int | None:
-    """Bytes that the other end's kernel has confirmed so far; None where this kernel can't tell."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What a connection's kernel knows of it so far."""
+
+    num_arrived: int
+    """Bytes that the other end's kernel has confirmed."""
+    num_resent: int
+    """Packets."""
+    rtt_s: float
+    """Of the last round trips."""
+    least_rtt_s: float
+
+
+def read_progress(sock: socket.socket) -> Progress | None:
+    """How far a connection is; None where this kernel can't tell."""
     option = getattr(socket, "TCP_INFO", None)
     if option is None or not sys.platform.startswith("linux"):
         return None
     try:
-        content = sock.getsockopt(socket.IPPROTO_TCP, option, _BYTES_ACKED.size)
-        return int(_BYTES_ACKED.unpack(content)[0])
-    except (OSError, struct.error):  # closed, or a kernel that is older than this number
+        rtt_us, num_resent, num_arrived, least_rtt_us = _TCP_INFO.unpack(
+            sock.getsockopt(socket.IPPROTO_TCP, option, _TCP_INFO.size)
+        )
+    except (OSError, struct.error):  # closed, or a kernel that is older than these numbers
         return None
+    return Progress(num_arrived=num_arrived, num_resent=num_resent, rtt_s=rtt_us / 1e6, least_rtt_s=least_rtt_us / 1e6)

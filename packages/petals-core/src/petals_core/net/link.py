@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from petals_core.errors import PeerConnectionError, PetalsError
-from petals_core.net.congestion import bytes_acknowledged
+from petals_core.net.congestion import read_progress, send_in_spite_of_loss
 from petals_core.net.tls import TlsChannel
 from petals_core.wire.link_rate import LinkRate
+from petals_core.wire.losses import Losses
 from petals_core.wire.messages import Buffer
 from petals_core.wire.throttle import Throttle
 
@@ -53,6 +54,7 @@ class Link(asyncio.BufferedProtocol):
         self._is_full = False
         self._paused_at_s = 0.0
         self._passed_bytes = 0
+        self._losses = Losses()
         self._loop = asyncio.get_running_loop()
         self._open_links = open_links
         self._on_made = on_made
@@ -236,8 +238,13 @@ class Link(asyncio.BufferedProtocol):
         at once, if its own queue was empty. Up to a number that stays the same."""
         if self._transport is None:
             return 0
-        arrived = bytes_acknowledged(self._transport.get_extra_info("socket"))
-        return -self._transport.get_write_buffer_size() if arrived is None else arrived
+        sock = self._transport.get_extra_info("socket")
+        progress = read_progress(sock)
+        if progress is None:
+            return -self._transport.get_write_buffer_size()
+        if self._losses.note(num_resent=progress.num_resent, rtt_s=progress.rtt_s, least_rtt_s=progress.least_rtt_s):
+            send_in_spite_of_loss(sock)
+        return progress.num_arrived
 
     def _wait(self, delay_s: float) -> None:
         """Write nothing more for a while."""
