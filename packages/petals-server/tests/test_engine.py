@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
-from petals_core.errors import InvalidRequestError
+from petals_core.errors import InvalidRequestError, OverloadedError, PetalsError, RemoteFailureError
 from petals_core.testing.network import run_clean
 from petals_server.cache.pages import CachePages, plan_groups
 from petals_server.config import ServerLimits
@@ -116,5 +117,44 @@ def test_an_error_in_the_event_loop_is_that_of_its_step_alone() -> None:
                 await engine.compute(_Step(session, error=InvalidRequestError("no such thing")))
             await engine.compute(_Step(session))
             assert engine.num_queued == 0
+
+    run_clean(run())
+
+
+def test_the_next_token_is_computed_at_once_where_its_session_is_alone() -> None:
+    async def run() -> None:
+        async with _engine() as engine:
+            session, other = object(), object()
+            await engine.compute(_Step(session))
+            assert engine.compute_here(session, threading.get_ident) == threading.get_ident()
+            engine.note_here(session, "peer", started_s=time.monotonic(), ended_s=time.monotonic())
+            assert engine.compute_here(other, threading.get_ident) is None  # the first one decodes
+            engine.close_session(session, lambda: None)
+            await engine.call(lambda: None)
+            assert engine.compute_here(other, threading.get_ident) == threading.get_ident()
+        assert engine.compute_here(other, threading.get_ident) is None
+
+    run_clean(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (InvalidRequestError("no such thing"), InvalidRequestError),
+        (MemoryError(), OverloadedError),
+        (ValueError("unforeseen"), RemoteFailureError),
+    ],
+)
+def test_an_error_of_the_next_token_is_told_as_any_other(error: Exception, expected: type[PetalsError]) -> None:
+    def fail() -> None:
+        raise error
+
+    async def run() -> None:
+        async with _engine() as engine:
+            session = object()
+            await engine.compute(_Step(session))
+            with pytest.raises(expected):
+                engine.compute_here(session, fail)
+            await engine.compute(_Step(session))
 
     run_clean(run())

@@ -58,6 +58,34 @@ def test_decode_steps_go_before_prompts_and_those_before_training() -> None:
 
 
 @given(
+    turns=st.lists(
+        st.tuples(st.sampled_from(["a", "b", None]), st.booleans(), st.floats(0.001, 1)), min_size=1, max_size=20
+    )
+)
+def test_what_is_computed_while_nothing_waits_counts_as_a_turn_does(
+    turns: list[tuple[str | None, bool, float]],
+) -> None:
+    planned, alone = Shares(), Shares()
+    for number, (peer_id, is_training, seconds) in enumerate(turns):
+        for shares in (planned, alone):
+            urgency = Urgency.TRAINING if is_training else Urgency.DECODE
+            request = Wanted(peer_id=peer_id, urgency=urgency, arrived_s=number)
+            if shares is alone and not is_training:
+                shares.charge_alone(peer_id, 1, seconds, now_s=number + 0.5)
+            else:
+                shares.order([request], number + 0.5)
+                shares.charge(request, 1)
+                shares.charge_time(seconds, is_training=is_training)
+    both = [
+        Wanted(peer_id=peer_id, urgency=urgency, arrived_s=len(turns) + 1)
+        for peer_id in ("a", "b")
+        for urgency in (Urgency.TRAINING, Urgency.DECODE)
+    ]
+    now_s = len(turns) + 2
+    assert planned.order(both, now_s) == alone.order(both, now_s)
+
+
+@given(
     peers=st.lists(st.tuples(st.integers(1, 20), st.floats(0.25, 4)), min_size=2, max_size=5),
     budgets=st.lists(st.integers(1, 64), min_size=30, max_size=100),
     most=st.integers(1, 100),

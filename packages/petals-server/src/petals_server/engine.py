@@ -132,7 +132,7 @@ class Engine:
                 if self._is_closed:
                     raise DrainingError("the server is stopping")
                 now_s = time.monotonic()
-                may_compute = work.is_quick and self._may_compute_here(work, now_s)
+                may_compute = work.is_quick and self._may_compute_here(work.session, now_s)
                 self._scheduler.add(work, now_s)
                 finished = self._turn_here(now_s) if may_compute else []
                 if work in self._scheduler:
@@ -161,14 +161,35 @@ class Engine:
                 self._scheduler.remove(work)
             raise
 
-    def _may_compute_here(self, work: Work[T], now_s: float) -> bool:
-        """Whether nobody but ``work`` wants the device now, or soon; with the lock held."""
+    def compute_here(self, session: object, compute: Callable[[], T]) -> T | None:
+        """Compute a session's next token now, in the event loop; None: somebody else wants the device, or may soon.
+
+        ``compute`` runs alone on the device. ``note_here`` is to follow, where it can no longer delay the result.
+
+        Raises:
+            PetalsError: as ``compute``.
+        """
+        with self._lock:
+            if self._is_closed or not self._may_compute_here(session, time.monotonic()):
+                return None
+            try:
+                return compute()
+            except Exception as error:
+                raise self._explain(error, 1) from None
+
+    def note_here(self, session: object, peer_id: Hashable, *, started_s: float, ended_s: float) -> None:
+        """Note what ``compute_here`` has computed."""
+        with self._lock:
+            self._scheduler.note_alone(session, peer_id, started_s=started_s, ended_s=ended_s)
+
+    def _may_compute_here(self, session: object, now_s: float) -> bool:
+        """Whether nobody but a session wants the device now, or soon; with the lock held."""
         pace = self._scheduler.pace
         return (
             self._is_listening
             and not self._scheduler
             and pace.decode_turn_s(1) <= MAX_HERE_S
-            and pace.is_alone(work.session, now_s)
+            and pace.is_alone(session, now_s)
         )
 
     def _turn_here(self, now_s: float) -> list[Ending]:
@@ -281,7 +302,7 @@ class Engine:
             first.advance_together(plan.parts)
         except Exception as error:
             if len(plan.parts) == 1:
-                failures.append((first, self._explain(error, first)))
+                failures.append((first, self._explain_of(error, first)))
             else:
                 # Computing again writes the same to the same places, so those who are not to blame lose nothing.
                 log.info("a turn of %d requests failed (%s): computing them one by one", len(plan.parts), error)
@@ -289,19 +310,23 @@ class Engine:
                     try:
                         first.advance_together((part,))
                     except Exception as own_error:
-                        failures.append((part.request, self._explain(own_error, part.request)))
+                        failures.append((part.request, self._explain_of(own_error, part.request)))
         return Outcome(is_complete=False, failures=failures)
 
-    def _explain(self, error: Exception, request: Request) -> Exception:
+    def _explain_of(self, error: Exception, request: Request) -> Exception:
+        """What who has asked for work is told of an error."""
+        return error if isinstance(request, Call) else self._explain(error, request.num_tokens)
+
+    def _explain(self, error: Exception, num_tokens: int) -> PetalsError:
         """What a client is told of an error."""
-        if isinstance(error, PetalsError) or isinstance(request, Call):
+        if isinstance(error, PetalsError):
             return error
         if is_out_of_memory(error):
-            log.warning("no memory for a request of %d tokens", request.num_tokens)
+            log.warning("no memory for a request of %d tokens", num_tokens)
             return OverloadedError(
                 "the server has no memory for the request now", retry_after_s=self._limits.retry_after_s
             )
-        log.error("computing a request of %d tokens failed", request.num_tokens, exc_info=error)
+        log.error("computing a request of %d tokens failed", num_tokens, exc_info=error)
         return RemoteFailureError(f"the server failed to compute the request: {type(error).__name__}")
 
     def _failed_to_begin(self) -> list[Ending]:

@@ -39,6 +39,7 @@ from petals_server.contribution.desk import ContributionDesk
 from petals_server.engine import Engine
 from petals_server.execution.forward import ForwardWork
 from petals_server.execution.lone import LoneSession, LoneStepWork
+from petals_server.execution.next_token import NextToken
 from petals_server.execution.probe import Form
 from petals_server.execution.session import SessionState
 from petals_server.execution.states import EncodedStates, PackedStates
@@ -177,10 +178,14 @@ class RequestHandler:
                 adapters=self.training.find_session_adapters(stream.peer_id, request, span),
             )
             reservation.on_evicted = functools.partial(self._engine.close_session, session, session.close)
+            next_token = self._next_token(session)
 
             async def handle(place: RingSession, step: Step, message: Message, arrived_s: float) -> None:
                 try:
-                    await self._serve_step(place, session, reservation, step, message, arrived_s)
+                    if next_token is None or not await self._serve_token(
+                        place, next_token, reservation, step, message, arrived_s
+                    ):
+                        await self._serve_step(place, session, reservation, step, message, arrived_s)
                 except PetalsError as error:
                     # A step that was refused before it began has changed nothing, so the session goes on.
                     if session.is_broken or isinstance(error, CacheLostError):
@@ -234,6 +239,38 @@ class RequestHandler:
         finally:
             self.sessions.close(reservation)
 
+    async def _serve_token(
+        self,
+        place: RingSession,
+        token: NextToken,
+        reservation: Reservation,
+        step: Step,
+        message: Message,
+        arrived_s: float,
+    ) -> bool:
+        """Serve a session's next token the short way; False: it is a step that has to go the general one."""
+        payload = message.received_payload
+        num_tokens = self.sessions.count_tokens(1, step.keep + 1)
+        if not self.sessions.holds(reservation, num_tokens) or not token.fits(step, payload):
+            return False
+        started_s = time.monotonic()
+        output = self._engine.compute_here(token.session, functools.partial(token.compute, payload))
+        if output is None:
+            return False
+        ended_s = time.monotonic()
+        try:
+            await place.deliver(
+                step,
+                output,
+                queue_us=_microseconds(started_s - arrived_s),
+                compute_us=_microseconds(ended_s - started_s),
+                deadline_s=arrived_s + step.deadline_ms / 1000,
+            )
+        finally:
+            self._engine.note_here(token.session, reservation.peer_id, started_s=started_s, ended_s=ended_s)
+        self._note(reservation.peer_id, step, token.session.span)
+        return True
+
     async def _serve_step(
         self,
         place: RingSession,
@@ -279,7 +316,14 @@ class RequestHandler:
     def _step_work(self, session: SessionState, states: PackedStates, **options: Any) -> Work[EncodedStates]:
         if isinstance(session, LoneSession):
             return LoneStepWork(session, self.model.threads, states, **options)
-        span = session.span
+        return StepWork(session, self._runner(session.span), states, **options)
+
+    def _next_token(self, session: SessionState) -> NextToken | None:
+        if isinstance(session, LoneSession):
+            return None
+        return NextToken(session, self._runner(session.span), max_positions=self.model.max_positions)
+
+    def _runner(self, span: Span) -> StepRunner:
         runner = self._runners.get(span)
         if runner is None:
             assert self.model.cache is not None
@@ -292,7 +336,7 @@ class RequestHandler:
                 kernel=self.model.kernel,
                 with_replay=self.model.with_replay,
             )
-        return StepWork(session, runner, states, **options)
+        return runner
 
     # --- forward ------------------------------------------------------------------------------------------------------
 

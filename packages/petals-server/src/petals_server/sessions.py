@@ -156,6 +156,10 @@ class SessionTable:
             self._decide()
             raise
 
+    def holds(self, reservation: Reservation, num_tokens: int) -> bool:
+        """Whether a session that is not over holds so much already, so that a step needs neither this nor that."""
+        return not reservation.account.is_over and num_tokens <= reservation.account.held
+
     def settle(self, reservation: Reservation, num_tokens: int | None = None) -> None:
         """The step that :meth:`grow` was for is over; the session holds ``num_tokens``, or what it was given."""
         account = reservation.account

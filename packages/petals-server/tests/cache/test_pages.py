@@ -84,6 +84,23 @@ class Server(RuleBasedStateMachine):
                 session.slide(row, len(rows[row]))
                 count -= part
 
+    @rule(data=st.data())
+    def next_token(self, data: Any) -> None:
+        """A token that has its place takes no page, and finds the row's pages where they were."""
+        if not self.sessions:
+            return
+        session, rows = data.draw(st.sampled_from(self.sessions))
+        row = data.draw(st.integers(0, len(rows) - 1))
+        if len(rows) > 1 or not session.has_place(row, len(rows[row])):
+            return
+        runs = session.runs(row)
+        assert session.has_room([len(rows[row])], [1], None)
+        assert not session.grow([len(rows[row])], [1])
+        assert session.grow_window(row, len(rows[row]), 1) == []
+        assert session.runs(row) == runs
+        rows[row] += self.write(row, session, rows[row], 1, [])
+        session.slide(row, len(rows[row]))
+
     def write(self, row: int, session: SessionPages, before: list[int], count: int, copies: list[Any]) -> list[int]:
         pages = {(copy.group, copy.target): copy.source for copy in copies}
         copied = {

@@ -170,13 +170,13 @@ def encode(
         tensor = tensor.detach()
     shape = tuple(tensor.shape)
     if wire == dtype:
-        payload = _bytes_of(tensor)
+        payload = bytes_of(tensor)
     elif not _is_allowed(dtype, wire):
         raise ValueError(f"a tensor of {dtype} can't be sent as {wire}")
     elif wire == "int8":
         return _encode_int8(tensor, dtype, shape, compression)
     else:
-        payload = _bytes_of(tensor.to(_DTYPES[wire]))
+        payload = bytes_of(tensor.to(_DTYPES[wire]))
     if compression == "zstd":
         payload = planes.pack(payload, _ITEM_BYTES[wire])
     spec = TensorSpec(shape=shape, dtype=dtype, encoding=wire, compression=compression, num_bytes=payload.nbytes)
@@ -212,7 +212,7 @@ def decode(spec: TensorSpec, buffer: memoryview | bytes | bytearray) -> torch.Te
 # --- bytes of a tensor ------------------------------------------------------------------------------------------------
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The elements of a tensor in row-major order, without a copy where it is contiguous and in CPU memory."""
     if tensor.device.type != "cpu":
         tensor = tensor.cpu()
@@ -257,7 +257,7 @@ def _encode_int8(
             scales.masked_fill_(~is_finite, math.nan)
             divisors = torch.where(is_finite & (scales > 0), scales, math.inf)  # x / inf: such rows become zeros
             quantized = (rows / divisors).nan_to_num_(0.0).round_().clamp_(-127, 127)
-        buffers = [_bytes_of(scales), _bytes_of(quantized.to(torch.int8))]
+        buffers = [bytes_of(scales), bytes_of(quantized.to(torch.int8))]
     if compression == "zstd":
         buffers = [planes.pack(b"".join(buffers), 1)]
     num_bytes = sum(buffer.nbytes for buffer in buffers)

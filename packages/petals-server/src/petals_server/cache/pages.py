@@ -137,6 +137,10 @@ class PageTable:
         if not self._pages:
             self._is_consecutive = True
 
+    def has_place(self, past: int) -> bool:
+        """Whether the token behind ``past`` goes to the last page, which nobody else holds."""
+        return past % self._page_tokens != 0 and self._pool.holders(self._pages[-1]) == 1
+
     def grow(self, past: int, count: int) -> tuple[int, int] | None:
         """Take pages for ``count`` tokens behind ``past``; the pool must have them.
 
@@ -217,6 +221,8 @@ class CachePages:
         self.groups = tuple(groups)
         self.page_tokens = page_tokens
         self.pools = tuple(PagePool(group.num_pages) for group in groups)
+        self.is_windowed = any(group.window is not None for group in groups)
+        """Whether some blocks forget."""
 
     @property
     def num_held(self) -> int:
@@ -247,6 +253,8 @@ class SessionPages:
             ]
             for _ in range(num_rows)
         ]
+        self._runs: dict[int, tuple[PageRun, ...]] = {}
+        """Of rows whose pages have not changed since."""
         self.is_closed = False
 
     def can_go_back(self, lengths: Sequence[int]) -> bool:
@@ -283,6 +291,7 @@ class SessionPages:
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Keep the first ``lengths`` tokens of each row."""
+        self._runs.clear()
         for tables, length in zip(self._rows, lengths, strict=True):
             for table in tables:
                 table.truncate(length)
@@ -294,6 +303,7 @@ class SessionPages:
             for table in tables:
                 table.close()
         self._rows = rows
+        self._runs.clear()
 
     def grow(self, lengths: Sequence[int], counts: Sequence[int]) -> list[PageCopy]:
         """Take pages for ``counts`` tokens behind each row's ``lengths`` in the groups that keep everything.
@@ -306,6 +316,10 @@ class SessionPages:
                 copies += self._grow(row, length, count, is_windowed=False)
         return copies
 
+    def has_place(self, row: int, past: int) -> bool:
+        """Whether a row's token behind ``past`` others, which is all that it has, takes no new page."""
+        return all(table.has_place(past) for table in self._rows[row])
+
     def grow_window(self, row: int, past: int, count: int) -> list[PageCopy] | None:
         """Take pages for the next ``count`` tokens of a row in the groups that have windows; None: there are none."""
         for index, (pool, group) in enumerate(zip(self._pages.pools, self._pages.groups, strict=True)):
@@ -315,6 +329,7 @@ class SessionPages:
 
     def _grow(self, row: int, past: int, count: int, *, is_windowed: bool) -> list[PageCopy]:
         copies = []
+        self._runs.pop(row, None)
         for index, group in enumerate(self._pages.groups):
             if (group.window is not None) is is_windowed:
                 copied = self._rows[row][index].grow(past, count)
@@ -324,16 +339,22 @@ class SessionPages:
 
     def slide(self, row: int, num_tokens: int) -> None:
         """Give back what leaves the windows of a row that has ``num_tokens`` tokens computed."""
-        for table in self._rows[row]:
-            table.slide(num_tokens)
+        if self._pages.is_windowed:
+            self._runs.pop(row, None)
+            for table in self._rows[row]:
+                table.slide(num_tokens)
 
     def runs(self, row: int) -> tuple[PageRun, ...]:
-        """A row's pages in each group, as values."""
-        return tuple(table.run() for table in self._rows[row])
+        """A row's pages in each group, as values; the same object as long as they stay the same."""
+        runs = self._runs.get(row)
+        if runs is None:
+            runs = self._runs[row] = tuple(table.run() for table in self._rows[row])
+        return runs
 
     def close(self) -> None:
         """Give everything back; idempotent."""
         self.is_closed = True
+        self._runs.clear()
         for tables in self._rows:
             for table in tables:
                 table.close()

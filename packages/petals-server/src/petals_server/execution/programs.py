@@ -86,9 +86,14 @@ class StepPrograms:
         """Whether the next token of one row is computed by :meth:`run_lone`."""
         return self._trace is not None
 
+    @property
+    def trace(self) -> LoneTrace | None:
+        """The program for the next token of one row, while there is one."""
+        return self._trace
+
     def run_lone(self, hidden_TH: torch.Tensor, position: int, row: RowPart) -> torch.Tensor | None:
         """Compute the next token of a row by the trace, under ``inference_mode``; None: :meth:`run` has to."""
-        return None if self._trace is None else self._trace.run(hidden_TH, position, row)
+        return None if self._trace is None else self._trace.run(hidden_TH, position, row.past, row.runs)
 
     def run(self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Compute a turn that :meth:`fits`, under ``inference_mode``.

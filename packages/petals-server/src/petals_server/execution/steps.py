@@ -29,6 +29,7 @@ from petals_server.execution.probe import Form
 from petals_server.execution.programs import RecordingError, StepPrograms
 from petals_server.execution.session import SessionState
 from petals_server.execution.states import EncodedStates, PackedStates
+from petals_server.execution.traces import LoneTrace
 from petals_server.execution.varlen import Kernel, suits
 from petals_server.scheduling.plan import Part, RowPart, Take
 from petals_server.scheduling.request import MAX_DECODE_COLUMNS, Urgency
@@ -94,6 +95,11 @@ class StepRunner:
             and self.threads.decode == 1
             and programs.holds(num_tokens)
         )
+
+    @property
+    def quick_trace(self) -> LoneTrace | None:
+        """What computes the next token of one row in the calling thread alone, if anything does."""
+        return self._programs.trace if self._programs is not None and self.threads.decode == 1 else None
 
     def run(self, parts: Sequence[Part]) -> None:
         """Compute the parts, and give each its output."""

@@ -19,9 +19,9 @@ from typing import Any, Final, final
 import torch
 from torch import nn
 
+from petals_server.cache.pages import PageRun
 from petals_server.cache.tensors import CacheTensors
 from petals_server.execution.batch import Batch, RowView, first_seen
-from petals_server.scheduling.plan import RowPart
 
 _NUM_TRIALS: Final = 3
 """The first runs of a trace are watched by torch, which then changes it."""
@@ -78,6 +78,9 @@ class LoneTrace:
         self._groups = tuple(dict.fromkeys(batch.cache.group_of[layer] for layer in self._layers))
         self._kinds = {batch.cache.kind_of[layer]: layer for layer in self._layers}
         """A block of each kind."""
+        self._runs: tuple[PageRun, ...] | None = None
+        self._bases: dict[int, int] | None = None
+        """Where in each group's pool a row's first token is, or would be: of ``_runs``."""
 
         def compute(hidden_TH: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
             slots = {group: numbers[index : index + 1] for index, group in enumerate(self._groups, 1)}
@@ -89,20 +92,26 @@ class LoneTrace:
             return program(hidden_TH, numbers[:1], _NumberedBatch(self._cache, self._first_layer, slots, views))
 
         row = batch.rows[0]
-        numbers = self._numbers(row.past, row)
+        numbers = self._numbers(row.past, row.past, row.runs)
         if numbers is None:
             raise RuntimeError("the row's pages do not follow each other")
+        self._given = torch.tensor(numbers)
+        self._given_numbers = self._given.numpy()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced: Any = torch.jit.trace(
-                _Traced(compute, program.constants), (hidden_TH, torch.tensor(numbers)), check_trace=False
+                _Traced(compute, program.constants), (hidden_TH, self._given), check_trace=False
             )
         self._function: Callable[..., torch.Tensor] = traced.forward  # the module around it looks for hooks
 
-    def run(self, hidden_TH: torch.Tensor, position: int, row: RowPart) -> torch.Tensor | None:
-        """What the program gives for a row's next token, under ``inference_mode``; None: its cache is in pieces."""
-        numbers = self._numbers(position, row)
-        return None if numbers is None else self._function(hidden_TH, torch.tensor(numbers))
+    def run(self, hidden_TH: torch.Tensor, position: int, past: int, runs: tuple[PageRun, ...]) -> torch.Tensor | None:
+        """What the program gives for a row's token behind ``past`` others, under ``inference_mode``; None: the row's
+        cache, which is in ``runs``, is in pieces."""
+        numbers = self._numbers(position, past, runs)
+        if numbers is None:
+            return None
+        self._given_numbers[:] = numbers
+        return self._function(hidden_TH, self._given)
 
     def is_right(
         self, expected_TH: torch.Tensor, hidden_TH: torch.Tensor, positions_T: torch.Tensor, batch: Batch
@@ -113,24 +122,30 @@ class LoneTrace:
                 slots_T = batch.slots_T(self._cache.group_of[layer])
                 self._cache.keys_SGD[layer].index_fill_(0, slots_T, 0)
                 self._cache.values_SGD[layer].index_fill_(0, slots_T, 0)
-            output_TH = self.run(hidden_TH, int(positions_T), batch.rows[0])
+            output_TH = self.run(hidden_TH, int(positions_T), batch.rows[0].past, batch.rows[0].runs)
             if output_TH is None or not torch.equal(output_TH, expected_TH):
                 return False
         return True
 
-    def _numbers(self, position: int, row: RowPart) -> list[int] | None:
+    def _numbers(self, position: int, past: int, runs: tuple[PageRun, ...]) -> list[int] | None:
         """The new token's position, where it goes in each group, and what it sees in blocks of each kind; None: pages
         that do not follow each other."""
-        page_tokens = self._cache.page_tokens
-        bases = {}
-        numbers = [position]
-        for group in self._groups:
-            run = row.runs[group]
-            if not run.is_consecutive:
-                return None
-            bases[group] = base = run.pages[0] * page_tokens - run.first_token
-            numbers.append(base + row.past)
+        if runs is not self._runs:
+            self._runs, self._bases = runs, self._locate(runs)
+        bases = self._bases
+        if bases is None:
+            return None
+        numbers = [position, *[base + past for base in bases.values()]]
         for layer in self._kinds.values():
             base = bases[self._cache.group_of[layer]]
-            numbers += (base + first_seen(row.past, self._cache.kinds[layer]), base + row.past + 1)
+            numbers += (base + first_seen(past, self._cache.kinds[layer]), base + past + 1)
         return numbers
+
+    def _locate(self, runs: tuple[PageRun, ...]) -> dict[int, int] | None:
+        bases = {}
+        for group in self._groups:
+            run = runs[group]
+            if not run.is_consecutive:
+                return None
+            bases[group] = run.pages[0] * self._cache.page_tokens - run.first_token
+        return bases

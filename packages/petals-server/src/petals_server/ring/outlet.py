@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from typing import Final
 
 from petals_core.errors import NextHopError, PetalsError
@@ -93,16 +92,20 @@ class Outlet:
                 backlog_bytes=_BACKLOG_BYTES,
             )
             return
-        await self.pass_on(
-            replace(
-                step,
-                tensors=(output.spec.to_wire(),),
-                deadline_ms=max(1, int(1000 * (deadline_s - time.monotonic()))),
-                passes=None if step.passes is None else step.passes - 1,
-                hops=hops,
-            ),
-            output,
+        passed = Step(
+            step=step.step,
+            keep=step.keep,
+            row_tokens=step.row_tokens,
+            tensors=(output.spec.to_wire(),),
+            deadline_ms=max(1, int(1000 * (deadline_s - time.monotonic()))),
+            row_order=step.row_order,
+            position_runs=step.position_runs,
+            attempt=step.attempt,
+            passes=None if step.passes is None else step.passes - 1,
+            wanted=step.wanted,
+            hops=hops,
         )
+        await self.pass_on(passed, output)
 
     async def pass_on(self, step: Step, states: States) -> None:
         """Send the next server a step.

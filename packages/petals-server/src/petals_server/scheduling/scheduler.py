@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final
 
@@ -138,6 +139,13 @@ class Scheduler:
         for request in done:
             self.remove(request)
         return done
+
+    def note_alone(self, session: object, peer_id: Hashable, *, started_s: float, ended_s: float) -> None:
+        """Note that a session's next token was computed while nothing waited here, without a plan."""
+        seconds = ended_s - started_s
+        self.pace.note_arrival(session, started_s)
+        self.shares.charge_alone(peer_id, 1, seconds, now_s=started_s)
+        self.pace.note_turn(num_decode=1, num_bulk=0, seconds=seconds, decoded=(session,), now_s=ended_s)
 
     def _note_left_out(self, plan: Plan) -> None:
         served = {part.request for part in plan.parts}

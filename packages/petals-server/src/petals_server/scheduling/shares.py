@@ -155,6 +155,17 @@ class Shares:
         if request.peer_id is not None:
             self._peers.charge(request.peer_id, num_tokens)
 
+    def charge_alone(self, peer_id: Hashable, num_tokens: int, seconds: float, *, now_s: float) -> None:
+        """So many tokens of inference are computed that came, at ``now_s``, while nothing waited."""
+        if peer_id is not None:
+            self._peers.activate(peer_id)
+            self._peers.charge(peer_id, num_tokens)
+            self._peers.retain((peer_id,))
+        if False not in self._waited:
+            self._kinds.activate(False)
+        self._waited, self._ordered_s = {False}, now_s
+        self._kinds.charge(False, seconds)
+
     def charge_time(self, seconds: float, *, is_training: bool) -> None:
         """The device was busy for so long."""
         self._kinds.charge(is_training, seconds)
