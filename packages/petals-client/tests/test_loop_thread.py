@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from petals_client.loop_thread import LoopThread
+from petals_client.loop_thread import Caller, LoopThread
 from petals_core.errors import InvalidRequestError, RemoteFailureError
 
 
@@ -69,6 +69,42 @@ def test_an_interrupt_cancels_the_coroutine_and_waits_for_its_end() -> None:
         thread.run(wait())
     assert ended.is_set()
     assert thread.run(value_of(1)) == 1, "the loop does not go on"
+    thread.close()
+
+
+def test_a_caller_goes_on_with_what_it_is_given() -> None:
+    thread = LoopThread()
+    assert thread.call(lambda caller: caller.give(1)) == 1
+    assert thread.call(lambda caller: asyncio.get_running_loop().call_soon(caller.give, 2) and None) == 2
+    assert thread.call(lambda caller: caller.go_on(value_of(3))) == 3
+
+    def fail(caller: Caller[int]) -> None:
+        raise RemoteFailureError("broken")
+
+    with pytest.raises(RemoteFailureError, match="broken"):
+        thread.call(fail)
+    thread.close()
+
+
+def test_an_interrupted_caller_is_given_nothing_more() -> None:
+    thread = LoopThread()
+    main = threading.main_thread().ident
+    assert main is not None
+    callers: list[Caller[int]] = []
+
+    def begin(caller: Caller[int]) -> None:
+        callers.append(caller)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        thread.call(begin)
+
+    def give_late(caller: Caller[int]) -> None:
+        callers[0].give(1)
+        callers[0].go_on(value_of(2))
+        caller.give(3)
+
+    assert thread.call(give_late) == 3
     thread.close()
 
 

@@ -55,20 +55,21 @@ class ColumnMap:
         """Append ``width`` columns; ``masks`` says which hold tokens, None that all do."""
         if width == 0:
             return
-        server_width = width if masks is None else max(mask.bit_count() for mask in masks)
-        segment = _Segment.of(width, masks, server_width)
-        masks = segment.masks
-        self.length += width
-        self.server_length += segment.server_width
-        if masks is None:
-            self.row_lengths = [length + width for length in self.row_lengths]
-        else:
-            self.row_lengths = [length + mask.bit_count() for length, mask in zip(self.row_lengths, masks, strict=True)]
-        if masks is None and self._segments and self._segments[-1].masks is None:
-            width += self._segments[-1].width
-            self._segments[-1] = _Segment(width, None, width)
-        else:
+        if masks is not None:
+            segment = _Segment.of(width, masks, max(mask.bit_count() for mask in masks))
+            masks = segment.masks
+        if masks is not None:
             self._segments.append(segment)
+            self.length += width
+            self.server_length += segment.server_width
+            self.row_lengths = [length + mask.bit_count() for length, mask in zip(self.row_lengths, masks, strict=True)]
+            return
+        self.length += width
+        self.server_length += width
+        self.row_lengths = [length + width for length in self.row_lengths]
+        if self._segments and self._segments[-1].masks is None:
+            width += self._segments.pop().width
+        self._segments.append(_Segment(width, None, width))
 
     def truncate(self, length: int) -> None:
         """Forget all columns but the first ``length``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from petals_client.window import FlightWindow
 from petals_core.steps import StepRequest
@@ -22,6 +22,7 @@ class Flight:
     def __init__(self, parts: Sequence[tuple[StepRequest, States]], *, first_number: int, num_hops: int) -> None:
         self.parts = parts
         self.first_number = first_number
+        self.started_s = time.perf_counter()  # uvloop's clock counts milliseconds
         self.results: list[States | None] = []
         """Of the parts that have come back; None for those without states."""
         self.window = FlightWindow(num_hops)
@@ -32,6 +33,8 @@ class Flight:
         """How often parts were to be sent."""
         self._sent_s: dict[int, float] = {}
         self._waiter: asyncio.Future[None] | None = None
+        self._on_news: Callable[[], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
         self._is_interrupted = False
 
@@ -44,6 +47,11 @@ class Flight:
     def next_request(self) -> StepRequest:
         """What that part asks for."""
         return self.parts[len(self.results)][0]
+
+    @property
+    def states(self) -> list[States]:
+        """Of the parts that have come back, those with states."""
+        return [states for states in self.results if states is not None]
 
     @property
     def is_done(self) -> bool:
@@ -86,6 +94,16 @@ class Flight:
         index = number - self.first_number
         return self.parts[index] if len(self.results) <= index < len(self.parts) else None
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether what is under way will not arrive."""
+        return self._is_interrupted
+
+    def hand_on(self, on_news: Callable[[], None], timeout_s: float) -> None:
+        """Call ``on_news`` once: when all parts are back, something has happened to the chain, or time is up."""
+        self._on_news = on_news
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._wake)
+
     async def room(self) -> None:
         """Wait until another part may be sent."""
         while not self.window.has_room:
@@ -121,5 +139,10 @@ class Flight:
         self._wake()
 
     def _wake(self) -> None:
+        on_news, self._on_news = self._on_news, None
+        if on_news is not None:
+            assert self._timer is not None
+            on_news()
+            self._timer.cancel()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import inspect
 import os
 import threading
 import weakref
@@ -43,39 +44,63 @@ class _Loop:
             self.loop.close()
 
 
-class _Waiter(Generic[T]):
-    """Hands a coroutine to a loop and waits for what becomes of it."""
+class Caller(Generic[T]):
+    """Who waits in a thread of its own for a result that comes out of a loop; all but ``wait`` belongs to the loop.
 
-    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        self._coroutine = coroutine
+    It is given the result, or a coroutine whose result that is.
+    """
+
+    def __init__(self, begin: Callable[[Caller[T]], None]) -> None:
+        self._begin = begin
         self._task: asyncio.Task[T] | None = None
+        self._result: list[T] = []
+        self._error: BaseException | None = None
         self._is_cancelled = False
         # A bare lock is the lightest thing that one thread can wait on and another can signal.
         self._done = threading.Lock()
         self._done.acquire()
 
     def start(self) -> None:
-        """Start the coroutine; runs in the loop."""
+        """Let it begin."""
         if self._is_cancelled:
-            self._coroutine.close()
-            self._done.release()
             return
-        self._task = asyncio.get_running_loop().create_task(self._coroutine)
+        try:
+            self._begin(self)
+        except BaseException as error:
+            self._error = error
+            self._done.release()
+
+    def give(self, result: T) -> None:
+        """Hand the result over: it goes on at once, while the loop may still put things in order."""
+        if not self._is_cancelled:
+            self._result.append(result)
+            self._done.release()
+
+    def go_on(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        """Let a coroutine find the result."""
+        if self._is_cancelled:
+            coroutine.close()
+            return
+        self._task = asyncio.get_running_loop().create_task(coroutine)
         self._task.add_done_callback(lambda _: self._done.release())
 
     def cancel(self) -> None:
-        """Cancel it; runs in the loop."""
+        """It has been interrupted and wants nothing more."""
         self._is_cancelled = True
         if self._task is not None:
             self._task.cancel()
+        elif self._done.locked():
+            self._done.release()
 
     def wait(self, timeout_s: float = -1) -> bool:
         """Wait for the end; an interrupt (Ctrl-C) breaks the wait."""
         return self._done.acquire(timeout=timeout_s)
 
     def result(self) -> T:
-        assert self._task is not None
-        return self._task.result()
+        """What was given, behind the wait; raises what the coroutine raised."""
+        if self._error is not None:
+            raise self._error
+        return self._task.result() if self._task is not None else self._result[0]
 
 
 class LoopThread:
@@ -101,27 +126,34 @@ class LoopThread:
         Raises:
             InvalidRequestError: this was closed, or the caller is the loop's own thread.
         """
+
+        def begin(caller: Caller[T]) -> None:
+            caller.go_on(coroutine)
+
         try:
-            running = self._ensure()
-        except BaseException:
-            coroutine.close()
-            raise
-        waiter = _Waiter(coroutine)
+            return self.call(begin)
+        finally:
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()
+
+    def call(self, begin: Callable[[Caller[T]], None]) -> T:
+        """Call ``begin`` in the loop and return what the caller is given, by it or later; as ``run``, with no task."""
+        running = self._ensure()
+        caller = Caller(begin)
         try:
-            running.loop.call_soon_threadsafe(waiter.start)
-            while not waiter.wait(_ALIVE_CHECK_S):
+            running.loop.call_soon_threadsafe(caller.start)
+            while not caller.wait(_ALIVE_CHECK_S):
                 if not running.thread.is_alive():
                     raise RuntimeError("the loop has ended")
         except RuntimeError:
-            coroutine.close()
             raise InvalidRequestError(_CLOSED) from None
         except BaseException:
             with contextlib.suppress(RuntimeError, KeyboardInterrupt):
-                running.loop.call_soon_threadsafe(waiter.cancel)
-                waiter.wait(_CANCEL_TIMEOUT_S)
+                running.loop.call_soon_threadsafe(caller.cancel)
+                caller.wait(_CANCEL_TIMEOUT_S)
             raise
         try:
-            return waiter.result()
+            return caller.result()
         except asyncio.CancelledError:  # by ``close`` in another thread
             raise InvalidRequestError(_CLOSED) from None
 

@@ -5,6 +5,7 @@ Letters: R rows, T tokens per row with pads, N tokens of all rows without pads, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,12 @@ def read_layout(num_rows: int, width: int, valid: Tensor | None) -> Layout:
                 ),
                 indices=torch.from_numpy(np.flatnonzero(is_token)),
             )
+    return _full_layout(num_rows, width)
+
+
+@functools.lru_cache(maxsize=64)
+def _full_layout(num_rows: int, width: int) -> Layout:
+    """That of a batch without pads."""
     return Layout(num_rows=num_rows, width=width, row_tokens=(width,) * num_rows, masks=None, indices=None)
 
 

@@ -151,7 +151,7 @@ class RemoteSequential(nn.Module):
             if hidden.requires_grad and torch.is_grad_enabled():
                 output: Tensor = _NoGradient.apply(hidden, lambda hidden: self._step(hidden, call))
                 return output
-            return self._step(hidden.detach(), call)
+            return self._step(hidden, call)
         num_rows, width, _ = hidden.shape
         layout = read_layout(num_rows, width, call.valid)
         runs = None if call.position_ids is None else read_position_runs(call.position_ids, layout, [0] * num_rows)

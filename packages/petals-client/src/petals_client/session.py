@@ -136,6 +136,11 @@ class HopSession:
         self._stream.priority = Priority.of_step(sum(step.row_tokens))
         await self._stream.send(step, payload, backlog_bytes=BACKLOG_BYTES)
 
+    def send_now(self, step: Step, payload: Sequence[Buffer]) -> bool:
+        """``send`` a small step without a task, if nothing waits for the network; else False, and nothing was done."""
+        self._stream.priority = Priority.of_step(sum(step.row_tokens))
+        return self._stream.send_now(step, payload)
+
     async def route(
         self,
         *,

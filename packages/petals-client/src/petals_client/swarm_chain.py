@@ -265,7 +265,8 @@ class SwarmChainSession:
             request = replace(request, wanted=num_wanted)
         elif len(sizes) == 1:
             states = encode_states(hidden, self._options, rate)
-            return decode_states(self._thread.run(self._session.step([(request, states)]))[0])
+            step, session = [(request, states)], self._session
+            return decode_states(self._thread.call(lambda caller: session.begin_step(step, caller))[0])
         parts = split_columns(request, *sizes)
         inputs = [(step, encode_states(take_part(hidden, part), self._options, rate)) for step, part in parts]
         return join_parts(hidden, parts, self._thread.run(self._session.step(inputs)))

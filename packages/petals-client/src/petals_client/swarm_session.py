@@ -11,6 +11,7 @@ from torch import Tensor
 
 from petals_client.adaptation import Adaptation
 from petals_client.flight import Flight, InterruptedFlight
+from petals_client.loop_thread import Caller
 from petals_client.opening import ChainOpener
 from petals_client.patience import Patience
 from petals_client.recovery import Recovery
@@ -130,35 +131,72 @@ class SwarmSession:
         Raises:
             PetalsError: a server failed and could not be replaced. The session must then be closed.
         """
-        started_s = time.perf_counter()  # uvloop's clock counts milliseconds
+        return await self._finish(self._new_flight(parts))
+
+    def begin_step(self, parts: Sequence[tuple[StepRequest, States]], caller: Caller[list[States]]) -> None:
+        """``step`` for a caller in another thread. Where all goes well, one small part needs no task: it is sent here,
+        and its caller goes on from where it comes back."""
+        flight = self._new_flight(parts)
+        if len(parts) > 1 or self.is_closed or self._recovery.is_needed():
+            caller.go_on(self._finish(flight))
+            return
+
+        def on_news() -> None:
+            if flight.is_done:
+                caller.give(flight.states)
+            else:
+                caller.go_on(self._finish(flight, is_late=not flight.is_interrupted))
+
+        hop, (request, states) = self.hops[0], parts[0]
+        step = make_step(flight.first_number, request, states, self.attempt, self.swarm.options.step_timeout_s)
+        flight.begin()
+        flight.sent(flight.first_number)
+        try:
+            is_sent = hop.send_now(step, states.payload)
+        except PetalsError as error:
+            self._on_failure(hop, error)
+            is_sent = False
+        if not is_sent:
+            caller.go_on(self._finish(flight))
+            return
+        self._flight = flight
+        flight.hand_on(on_news, self.patience.wait_s(is_decode=flight.is_decode))
+        self.notes.write()
+
+    def _new_flight(self, parts: Sequence[tuple[StepRequest, States]]) -> Flight:
         flight = Flight(parts, first_number=self._next_number, num_hops=len(self.hops))
         self._next_number += len(parts)
         self.notes.begin_step()
         self._recovery.begin_step()
-        while True:
+        return flight
+
+    async def _finish(self, flight: Flight, *, is_late: bool = False) -> list[States]:
+        """Bring a flight to its end; ``is_late``: it is under way, and nothing has come of it for long."""
+        while not flight.is_done:
             if self.is_closed:
                 raise InvalidRequestError("the session was closed while a step was under way")
             if self._recovery.is_needed():
                 if self._keeps_graphs:
                     raise PeerConnectionError("a server of the chain has failed, and graphs with it")
+                self._flight, is_late = None, False
                 await self._recovery.recover(flight)
-            flight.begin()
             self._flight = flight
             try:
-                await self._fly(flight)
-                break
+                await self._fly(flight, is_late=is_late)
             except InterruptedFlight:
-                continue
+                is_late = False
             finally:
                 self._flight = None
+        return flight.states
+
+    def _end_step(self, flight: Flight) -> None:
         self._recovery.end_step()
         self.notes.end_step(
             self.hops,
-            part_tokens=[states.spec.shape[0] for _, states in parts],
+            part_tokens=[states.spec.shape[0] for _, states in flight.parts],
             is_decode=flight.is_decode,
-            total_s=time.perf_counter() - started_s,
+            total_s=time.perf_counter() - flight.started_s,
         )
-        return [states for states in flight.results if states is not None]
 
     def close(self) -> None:
         """Free the caches on all servers; never blocks, idempotent."""
@@ -178,27 +216,38 @@ class SwarmSession:
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
-    async def _fly(self, flight: Flight) -> None:
-        """Send the parts that are not back, and wait for them.
+    async def _fly(self, flight: Flight, *, is_late: bool) -> None:
+        """Send the parts that are not back, unless they are under way and late, and wait for them.
 
         Raises:
             InterruptedFlight: something has happened to the chain.
         """
         sender: asyncio.Task[None] | None = None
-        if len(flight.parts) == flight.num_begun == 1 and flight.parts[-1][1].spec.num_bytes <= BACKLOG_BYTES:
-            # Nothing is queued before it, so this does not wait for a server that takes nothing.
-            await self._send(flight, flight.next_number)
-        else:
-            sender = asyncio.create_task(self._send_all(flight))
-        self.notes.write()
         num_looks = 0
         try:
+            if is_late:
+                num_looks = 1
+                await self._recovery.lookout.look(flight)
+            else:
+                sender = await self._begin(flight)
             while not await flight.end(self.patience.wait_s(is_decode=flight.is_decode, num_looks=num_looks)):
                 num_looks += 1
                 await self._recovery.lookout.look(flight)
         finally:
             if sender is not None:
                 sender.cancel()
+
+    async def _begin(self, flight: Flight) -> asyncio.Task[None] | None:
+        """Send all parts that are not back, the task that this takes is returned."""
+        sender: asyncio.Task[None] | None = None
+        flight.begin()
+        if len(flight.parts) == flight.num_begun == 1 and flight.parts[-1][1].spec.num_bytes <= BACKLOG_BYTES:
+            # Nothing is queued before it, so this does not wait for a server that takes nothing.
+            await self._send(flight, flight.next_number)
+        else:
+            sender = asyncio.create_task(self._send_all(flight))
+        self.notes.write()
+        return sender
 
     async def _send_all(self, flight: Flight) -> None:
         for number in range(flight.next_number, flight.first_number + len(flight.parts)):
@@ -238,9 +287,13 @@ class SwarmSession:
             self._carrying.add(carrying)
             carrying.add_done_callback(lambda task: self._end_carrying(task, hop, event))
             return
-        hop.accept(event)
-        if not is_for_us or isinstance(body, Step):
-            return
+        try:
+            if is_for_us and isinstance(body, StepResult):
+                self._take_result(hop, body, message)
+        finally:
+            hop.accept(event)  # last, for somebody may wait for what it brings
+
+    def _take_result(self, hop: HopSession, body: StepResult, message: Message) -> None:
         flight = self._flight
         if not body.tensors and (flight is None or not flight.is_silent(body.step)):
             self._recovery.rebuilding.acknowledged(hop, body.step)
@@ -283,6 +336,9 @@ class SwarmSession:
         self.history.append(result.step, request, sent, sent.spec.num_bytes)
         self.patience.note(flight.news_s - before_s, is_decode=flight.is_decode)
         self.notes.end_trip(self.hops, result.hops or (), total_s=trip_s)
+        if flight.is_done:
+            self._end_step(flight)
+            self._flight = None
 
     def _on_failure(self, hop: HopSession, error: PetalsError) -> None:
         """A step has failed at a server, or the session with it is broken."""

@@ -52,6 +52,26 @@ def test_messages_keep_their_order(run: Run) -> None:
     run(main())
 
 
+def test_what_need_not_wait_is_sent_at_once_and_in_order(run: Run) -> None:
+    async def main() -> None:
+        async with serving(echo) as listener, dialing() as dialer:
+            connection = await dialer.connect([address_of(listener)], peer_id=listener.peer_id)
+            stream = connection.open_stream(Priority.DECODE)
+            for number in range(5):
+                assert stream.send_now(REQUEST, [b"%d" % number])
+            replies = [bytes((await stream.receive(timeout_s=10)).received_payload) for _ in range(5)]
+            assert replies == [b"%d" % number for number in range(5)]
+            sending = asyncio.create_task(stream.send(REQUEST, [bytes(8 * MIB)]))
+            await asyncio.sleep(0)
+            assert not stream.send_now(REQUEST), "it would wait behind what is queued"
+            sending.cancel()
+            stream.cancel()
+            with pytest.raises(CancelledByPeerError):
+                stream.send_now(REQUEST)
+
+    run(main())
+
+
 def test_handler_sees_the_authenticated_peer_and_the_priority(run: Run) -> None:
     async def main() -> None:
         seen: list[Any] = []

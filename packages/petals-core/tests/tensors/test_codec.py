@@ -23,7 +23,9 @@ def join(buffers: list[memoryview]) -> bytearray:
 
 
 def over_the_wire(spec: TensorSpec) -> TensorSpec:
-    return TensorSpec.from_wire(msgpack.unpackb(msgpack.packb(spec.to_wire())))
+    received = msgpack.unpackb(msgpack.packb(spec.to_wire()), use_list=False)
+    assert received == spec.as_received()
+    return TensorSpec.from_wire(received)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

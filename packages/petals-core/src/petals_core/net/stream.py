@@ -108,6 +108,22 @@ class Stream:
         if end:
             connection.forget_if_over(self)
 
+    def send_now(self, body: Body, payload: Sequence[Buffer] = ()) -> bool:
+        """``send`` where there is nothing to wait for; else False, and nothing was done. The payload must never change.
+
+        Raises:
+            PetalsError: as ``send`` does.
+        """
+        if self._error is not None:
+            raise _again(self._error)
+        connection = self._connection
+        is_idle = connection.wire.queued_bytes(self.stream_id) == 0
+        if not is_idle or self._packing.locked() or connection.packer.may_pack(body, payload):
+            return False
+        connection.wire.send_message(self.stream_id, body, payload, priority=self.priority)
+        connection.flush()
+        return True
+
     async def receive(self, *, timeout_s: float | None) -> Message:
         """Return the next message.
 

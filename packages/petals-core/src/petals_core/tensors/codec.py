@@ -108,6 +108,10 @@ class TensorSpec:
     def to_wire(self) -> WireSpec:
         return (list(self.shape), self.dtype, self.encoding, self.compression, self.num_bytes)
 
+    def as_received(self) -> tuple[tuple[int, ...], str, str, str, int]:
+        """What ``to_wire`` has become when it has travelled."""
+        return (self.shape, self.dtype, self.encoding, self.compression, self.num_bytes)
+
     @classmethod
     def from_wire(cls, value: object, *, max_decoded_bytes: int = MAX_DECODED_BYTES) -> TensorSpec:
         """Check what a peer sent and return it as a spec that :func:`decode` can rely on.
@@ -222,7 +226,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
         return memoryview(b"")
     # Viewed as int16 because NumPy has no bfloat16.
     array = (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    return array.reshape(-1).data.cast("B")
+    return array.data.cast("B")
 
 
 def _tensor_of(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
