@@ -51,10 +51,6 @@ class StepNotes:
         self._trips: list[_Trip] = []
         self._last: _DoneStep | None = None
 
-    def begin_step(self) -> None:
-        """A step begins."""
-        self._trips = []
-
     def end_trip(self, hops: Sequence[HopSession], timings: Sequence[tuple[int, int, int]], *, total_s: float) -> None:
         """A part of the step is back; ``timings`` are the servers' own, see ``trace_trip``."""
         self._trips.append(_Trip(tuple(hops), timings, total_s))
@@ -71,6 +67,7 @@ class StepNotes:
             is_decode=is_decode,
             total_s=total_s,
         )
+        self._trips = []
 
     def write(self) -> None:
         """Note the step that has ended, if that was not done."""

@@ -286,7 +286,7 @@ class SwarmChainSession:
         """See ``ChainSession.trace``."""
 
         async def write() -> None:
-            self._session.notes.write()
+            self._session.settle()
 
         with contextlib.suppress(InvalidRequestError):  # closed, so all was noted
             self._thread.run(write())

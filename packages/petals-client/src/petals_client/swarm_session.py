@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -72,6 +71,8 @@ class SwarmSession:
         self.notes = StepNotes(swarm)
         self._next_number = 0
         self._flight: Flight | None = None
+        self._back: tuple[Flight, StepResult, float, float] | None = None
+        """A part that has come back and was not noted yet, when nothing had for how long, and the time of its trip."""
         self._carrying: set[asyncio.Task[None]] = set()
         self._recovery = Recovery(self)
 
@@ -160,13 +161,12 @@ class SwarmSession:
             caller.go_on(self._finish(flight))
             return
         self._flight = flight
+        self.settle()
         flight.hand_on(on_news, self.patience.wait_s(is_decode=flight.is_decode))
-        self.notes.write()
 
     def _new_flight(self, parts: Sequence[tuple[StepRequest, States]]) -> Flight:
         flight = Flight(parts, first_number=self._next_number, num_hops=len(self.hops))
         self._next_number += len(parts)
-        self.notes.begin_step()
         self._recovery.begin_step()
         return flight
 
@@ -179,6 +179,7 @@ class SwarmSession:
                 if self._keeps_graphs:
                     raise PeerConnectionError("a server of the chain has failed, and graphs with it")
                 self._flight, is_late = None, False
+                self.settle()
                 await self._recovery.recover(flight)
             self._flight = flight
             try:
@@ -189,19 +190,31 @@ class SwarmSession:
                 self._flight = None
         return flight.states
 
-    def _end_step(self, flight: Flight) -> None:
-        self._recovery.end_step()
-        self.notes.end_step(
-            self.hops,
-            part_tokens=[states.spec.shape[0] for _, states in flight.parts],
-            is_decode=flight.is_decode,
-            total_s=time.perf_counter() - flight.started_s,
-        )
+    def settle(self) -> None:
+        """Note what has come back. For a decode step that is put off until the next one is on its way, or something
+        happens: the thread that waits for its result can't go on while this one is busy."""
+        back, self._back = self._back, None
+        if back is not None:
+            flight, result, wait_s, trip_s = back
+            request, sent = flight.parts[result.step - flight.first_number]
+            for hop in self.hops:
+                hop.is_empty = False
+            self.history.append(result.step, request, sent, sent.spec.num_bytes)
+            self.patience.note(wait_s, is_decode=flight.is_decode)
+            self.notes.end_trip(self.hops, result.hops or (), total_s=trip_s)
+            if result.step == flight.first_number + len(flight.parts) - 1:
+                self.notes.end_step(
+                    self.hops,
+                    part_tokens=[states.spec.shape[0] for _, states in flight.parts],
+                    is_decode=flight.is_decode,
+                    total_s=flight.news_s - flight.started_s,
+                )
+        self.notes.write()
 
     def close(self) -> None:
         """Free the caches on all servers; never blocks, idempotent."""
         self.is_closed = True
-        self.notes.write()
+        self.settle()
         hops, self.hops = self.hops, []
         for session in hops:
             session.close()
@@ -246,7 +259,7 @@ class SwarmSession:
             await self._send(flight, flight.next_number)
         else:
             sender = asyncio.create_task(self._send_all(flight))
-        self.notes.write()
+        self.settle()
         return sender
 
     async def _send_all(self, flight: Flight) -> None:
@@ -331,20 +344,18 @@ class SwarmSession:
             states = read_states(message, result.tensors, sent.spec, sum(request.result_tokens))
         before_s = flight.news_s
         trip_s = flight.arrived(states)
-        for hop in self.hops:
-            hop.is_empty = False
-        self.history.append(result.step, request, sent, sent.spec.num_bytes)
-        self.patience.note(flight.news_s - before_s, is_decode=flight.is_decode)
-        self.notes.end_trip(self.hops, result.hops or (), total_s=trip_s)
+        self._back = (flight, result, flight.news_s - before_s, trip_s)
         if flight.is_done:
-            self._end_step(flight)
+            self._recovery.end_step()
             self._flight = None
+        if not (flight.is_done and flight.is_decode):
+            self.settle()
 
     def _on_failure(self, hop: HopSession, error: PetalsError) -> None:
         """A step has failed at a server, or the session with it is broken."""
         if hop not in self.hops or error.attempt not in (None, self.attempt):
             return
-        self.notes.write()  # what went well before, first: a success behind a failure would clear it
+        self.settle()  # what went well before, first: a success behind a failure would clear it
         self._recovery.note(hop, error)
         if self._flight is not None:
             self._flight.interrupt()
