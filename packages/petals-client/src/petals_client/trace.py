@@ -34,7 +34,7 @@ class StepTrace:
 
     num_tokens: int
     total_s: float
-    """As the model saw it, thread changes included."""
+    """In the client's loop, from its coming there until its last part is back."""
     hops: tuple[HopTrace, ...]
 
 
