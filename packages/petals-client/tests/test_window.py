@@ -60,7 +60,7 @@ def test_much_is_under_way_where_all_is_far() -> None:
 def test_parts_are_many_and_not_tiny(num_hops: int) -> None:
     assert choose_part_tokens(1, num_hops) >= 32
     assert choose_part_tokens(10**6, num_hops) == MAX_PART_TOKENS
-    assert [choose_part_tokens(num_tokens, 3) for num_tokens in (256, 512, 1024, 2048, 4096)] == [32, 64, 128, 128, 256]
+    assert [choose_part_tokens(num_tokens, 3) for num_tokens in (256, 512, 1024, 2048, 4096)] == [32, 64, 128, 192, 256]
 
 
 @given(
@@ -95,7 +95,7 @@ def test_sizes_of_a_prompt() -> None:
     def sizes(num_tokens: int, link_bytes_per_s: float | None) -> list[int]:
         return choose_part_sizes(num_tokens, 3, max_tokens=4096, token_bytes=4096, link_bytes_per_s=link_bytes_per_s)
 
-    assert sizes(2048, 12e6) == [3, 6, 12, 24, 48, 96, *[128] * 13, 83, 64, 32, 16]
+    assert sizes(2048, 12e6) == [3, 6, 12, 24, 48, 96, *[192] * 8, 83, 128, 64, 32, 16]
     assert sizes(2048, 2.4e6) == [3, 6, 12, 24, *[32] * 62, 3, 16]
     assert sizes(2048, None) == [3, 6, 12, 24, 48, *[64] * 29, 51, 32, 16]
     assert sizes(1, None) == [1]
@@ -110,7 +110,7 @@ def test_micro_batches_are_cut_as_a_prompt_and_where_one_ends(
     whole = choose_part_sizes(sum(batches), 3, **link)
     sizes = choose_batch_sizes(batches, 3, **link)
     assert [sum(each) for each in sizes] == batches
-    assert all(0 < size <= max(128, *whole) for each in sizes for size in each)
+    assert all(0 < size <= max(192, *whole) for each in sizes for size in each)
     if link_bytes_per_s is None:
         assert sizes[0][0] == min(whole[0], batches[0])
         assert sizes[-1][-1] == min(whole[-1], batches[-1])
@@ -123,10 +123,10 @@ def test_sizes_of_a_batch() -> None:
     slow = [[3, 6, 12, 24, 32, 32, 19], *[[32, 32, 32, 32]] * 14, [13, 32, 32, 32, 3, 16]]
     assert sizes([128] * 16, 2.4e6) == slow
     assert sizes([128] * 16, 12e6) == [[128]] * 16
-    assert sizes([64, 160], 12e6) == [[64], [128, 32]]
+    assert sizes([64, 224], 12e6) == [[64], [192, 32]]
 
 
-@pytest.mark.parametrize(("round_trip_s", "first"), [(0.0005, 128), (0.04, 3), (None, 3)])
+@pytest.mark.parametrize(("round_trip_s", "first"), [(0.0005, 192), (0.04, 3), (None, 3)])
 def test_no_part_is_small_where_all_is_near(round_trip_s: float | None, first: int) -> None:
     sizes = choose_part_sizes(
         2048, 3, max_tokens=512, token_bytes=4096, link_bytes_per_s=1e8, round_trip_s=round_trip_s

@@ -12,8 +12,8 @@ _PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE = 2, 4
 """A part takes each stage in turn, and the first has to pass all before the last is busy: more parts make that less.
 But matrices of few rows are slow (``tools/bench_linear.py`` prints what they take on a CPU), so beyond two for each
 stage there are more only as long as they have ``_AMPLE_TOKENS``."""
-_AMPLE_TOKENS = 128
-_MAX_PART_S = 0.07
+_AMPLE_TOKENS = 192
+_MAX_PART_S = 0.075
 """Of a link's time for a part, which it has to take whole before the next server can begin."""
 _PART_STEP = 16
 """Sizes by a link's rate are multiples of it."""
@@ -34,8 +34,9 @@ _FIRST_PARTS_PER_STAGE = 3
 """Until the first results say what the chain holds: one for each of its links and servers, and as many again for delays
 and for connections that begin slowly. What is too much waits at the client and, within its credit, at the first server.
 """
-_GAIN = 2.0
-"""Above what just fills the chain, because trips and rates vary."""
+_GAIN = 1.25
+"""Above what just fills the chain, because trips and rates vary. What is more only waits at the servers, of which those
+behind then get their work later."""
 _WEIGHT = 1 / 4
 
 
@@ -91,10 +92,8 @@ def choose_batch_sizes(
     On links so fast that they do not make parts smaller none are but the last of each micro-batch: a batch is all about
     how much is computed in a second. The arguments are those of ``choose_part_sizes``.
     """
-    size = part_tokens or choose_batch_tokens(
-        sum(batches), num_hops, token_bytes=token_bytes, link_bytes_per_s=link_bytes_per_s
-    )
-    is_fast = link_bytes_per_s is not None and size < most_part_tokens(token_bytes, link_bytes_per_s)
+    size = part_tokens or choose_batch_tokens(sum(batches), num_hops, token_bytes=token_bytes, link_bytes_per_s=None)
+    is_fast = link_bytes_per_s is not None and size <= most_part_tokens(token_bytes, link_bytes_per_s)
     if is_fast or part_tokens is not None:
         return [_equal(num_tokens, min(max_tokens, size)) for num_tokens in batches]
     sizes = choose_part_sizes(
