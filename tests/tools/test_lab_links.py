@@ -88,12 +88,12 @@ def test_a_train_is_what_a_path_takes_five_milliseconds_for_and_no_more_than_a_q
         "free": FAST,
         "least": HostSettings(up_bits_per_s=0.1 * MBIT),
     }
-    assert Trains.of("slow", hosts) == Trains(usual_segments=2, max_bytes=3_000)
+    assert Trains.of("slow", hosts) == Trains(usual_segments=2, max_bytes=3_000, are_long=True)
     assert Trains.of("fast", hosts) == Trains(usual_segments=8, max_bytes=62_500)
     assert Trains.of("free", hosts) == Trains(usual_segments=8, max_bytes=65_000)
-    assert Trains.of("least", hosts) == Trains(usual_segments=2, max_bytes=3_000)
+    assert Trains.of("least", hosts) == Trains(usual_segments=2, max_bytes=3_000, are_long=True)
     hosts["fast"] = HostSettings(up_bits_per_s=100 * MBIT, queue_bytes=40_000)
-    assert Trains.of("fast", hosts) == Trains(usual_segments=6, max_bytes=10_000)
+    assert Trains.of("fast", hosts) == Trains(usual_segments=6, max_bytes=10_000, are_long=True)
     assert Trains.of("a", {"a": FAST, "b": HostSettings(up_bits_per_s=MBIT)}) == Trains(), "b's way up is not a's"
 
 

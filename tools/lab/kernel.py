@@ -5,6 +5,7 @@ Python's own ``os.unshare`` and ``os.setns`` are newer than the oldest Python th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -39,6 +40,7 @@ _SIOCSIFMTU, _SIOCSIFTXQLEN = 0x8922, 0x8943
 _IFF_UP = 0x1
 _RTM_NEWLINK, _NLM_REQUEST_ACK, _IFLA_GSO_MAX_BYTES = 16, 0x5, 41
 _IPV4_SETTINGS = Path("/proc/sys/net/ipv4")
+_USUAL_RTT_LOG, _ANY_RTT_LOG = 9, 30
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -136,6 +138,11 @@ def size_trains(trains: Trains) -> None:
     if code:
         raise OSError(code, os.strerror(code))
     (_IPV4_SETTINGS / "tcp_min_tso_segs").write_text(str(trains.usual_segments))
+    # BBR doesn't heed that. Its trains are what its rate sends in 1 ms and what this setting adds: all of max_bytes,
+    # halved for each so many us of the least round trip, where the number is this power of two.
+    rtt_log = _ANY_RTT_LOG if trains.are_long else _USUAL_RTT_LOG
+    with contextlib.suppress(OSError):  # a kernel older than 5.18: the router has more to do then
+        (_IPV4_SETTINGS / "tcp_tso_rtt_log").write_text(str(rtt_log))
     # A connection asks for the device's bound when it looks up its route. This setting's change makes all do that; the
     # setting itself means nothing here, where a device has one address. Otherwise the kernel would take what is too
     # long apart into single segments.

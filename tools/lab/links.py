@@ -40,6 +40,8 @@ class Trains:
     """Even where TCP would choose fewer: what fits the slowest path from here."""
     max_bytes: int = _KERNEL_BYTES
     """With headers: what fits the host's own way up."""
+    are_long: bool = False
+    """Whether TCP that paces may also make them as long as is allowed, because that fits all paths from here."""
 
     @classmethod
     def of(cls, name: str, hosts: Mapping[str, HostSettings]) -> Trains:
@@ -53,6 +55,7 @@ class Trains:
         return cls(
             usual_segments=max(_KERNEL_SEGMENTS, least // _SEGMENT_BYTES),
             max_bytes=_KERNEL_BYTES if up is None else max(_KERNEL_SEGMENTS * _SEGMENT_BYTES, up),
+            are_long=up is not None and up == least,
         )
 
 

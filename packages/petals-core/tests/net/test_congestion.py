@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from petals_core.net.congestion import read_progress, send_bursts_at_once, send_in_spite_of_loss
+from petals_core.net.congestion import read_progress, send_at_rate, send_bursts_at_once
 
 OPTION = getattr(socket, "TCP_CONGESTION", None)
 
@@ -45,7 +45,7 @@ def test_a_connection_goes_on_in_another_way_where_the_kernel_allows_to_choose()
         except OSError:
             pass  # not in this kernel, or not for this user
         with accepted:
-            send_in_spite_of_loss(dialing)
+            send_at_rate(dialing)
             assert dialing.getsockopt(socket.IPPROTO_TCP, OPTION, 16) == expected
             dialing.sendall(b"?")
             assert accepted.recv(1) == b"?"
@@ -54,7 +54,7 @@ def test_a_connection_goes_on_in_another_way_where_the_kernel_allows_to_choose()
 def test_other_sockets_stay_as_they_are() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         send_bursts_at_once(datagrams)
-        send_in_spite_of_loss(datagrams)
+        send_at_rate(datagrams)
 
 
 def test_what_has_arrived_is_counted_and_what_waits_is_not() -> None:

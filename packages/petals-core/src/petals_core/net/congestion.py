@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _UNPACED: Final = b"cubic"
-_LOSS_TOLERANT: Final = b"bbr"
+_PACED: Final = b"bbr"
 _TCP_INFO: Final = struct.Struct("=68xI28xI16xQ20xI")
 """Where ``tcpi_rtt``, ``tcpi_total_retrans``, ``tcpi_bytes_acked`` and ``tcpi_min_rtt`` stand in Linux's ``struct
 tcp_info`` (include/uapi/linux/tcp.h)."""
@@ -27,13 +27,15 @@ def send_bursts_at_once(sock: socket.socket) -> None:
     _choose(sock, _UNPACED)
 
 
-def send_in_spite_of_loss(sock: socket.socket) -> None:
+def send_at_rate(sock: socket.socket) -> None:
     """Have a connected socket send at the rate that arrives, where the kernel allows it.
 
     Others than BBR take each lost packet for a sign that they send too fast. On a path that loses packets for no such
-    reason, a radio link or a busy exchange, they get to a small part of its rate.
+    reason, a radio link or a busy exchange, they get to a small part of its rate. And unless the host is set otherwise
+    (``net.ipv4.tcp_slow_start_after_idle``) they forget in a pause what the path takes, and begin anew. A connection
+    that has shown BBR its rate keeps it, so that small messages later on do not wait.
     """
-    _choose(sock, _LOSS_TOLERANT)
+    _choose(sock, _PACED)
 
 
 def _choose(sock: socket.socket, name: bytes) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from petals_core.errors import PeerConnectionError, PetalsError
-from petals_core.net.congestion import read_progress, send_in_spite_of_loss
+from petals_core.net.congestion import read_progress, send_at_rate
 from petals_core.net.tls import TlsChannel
 from petals_core.wire.link_rate import LinkRate
-from petals_core.wire.losses import Losses
 from petals_core.wire.messages import Buffer
+from petals_core.wire.pacing import PacingChoice
 from petals_core.wire.throttle import Throttle
 
 _HIGH_WATER_BYTES = 128 * 1024
@@ -54,7 +54,7 @@ class Link(asyncio.BufferedProtocol):
         self._is_full = False
         self._paused_at_s = 0.0
         self._passed_bytes = 0
-        self._losses = Losses()
+        self._pacing = PacingChoice()
         self._loop = asyncio.get_running_loop()
         self._open_links = open_links
         self._on_made = on_made
@@ -242,8 +242,13 @@ class Link(asyncio.BufferedProtocol):
         progress = read_progress(sock)
         if progress is None:
             return -self._transport.get_write_buffer_size()
-        if self._losses.note(num_resent=progress.num_resent, rtt_s=progress.rtt_s, least_rtt_s=progress.least_rtt_s):
-            send_in_spite_of_loss(sock)
+        if self._pacing.note(
+            num_resent=progress.num_resent,
+            rtt_s=progress.rtt_s,
+            least_rtt_s=progress.least_rtt_s,
+            bytes_per_s=self.rate.bytes_per_s,
+        ):
+            send_at_rate(sock)
         return progress.num_arrived
 
     def _wait(self, delay_s: float) -> None:
