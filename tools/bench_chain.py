@@ -6,7 +6,8 @@ the computing, and next to nothing more. *Prefill* of 2,048 tokens, 20 ms one wa
 each other through the chain, and in one piece; beside the slowest stage, a link or all computing together (the servers
 share this machine's cores, so it is measured with all of them at work), and beside the processor time that everything
 in the lab took meanwhile, the router and the encryption included; and on hosts whose kernels let connections keep their
-windows in pauses; and in parts on links that lose packets. *Forward* of as many tokens in 16 rows, without a session
+windows in pauses; and in parts on links that lose packets. Servers are started anew for each rate, because connections
+remember what a slower link took. *Forward* of as many tokens in 16 rows, without a session
 and gradients: around the ring in parts, and in one piece. Compression is off, so that the bytes are those of the
 states. Needs root.
 """
@@ -133,6 +134,25 @@ def place(host: str) -> local_swarm.Place:
     """Where a host's processes run."""
     prefix = (sys.executable, str(TOOLS / "network_lab.py"), "--on", host, "--")
     return local_swarm.Place(host=sandbox.address_of(HOSTS.index(host)), prefix=prefix)
+
+
+def start_servers(swarm: local_swarm.LocalSwarm, folder: Path) -> list[local_swarm.Process]:
+    """All that a chain needs, each on a host of its own, ready and on a network without delays."""
+    change_network(delay="0ms", rate="unlimited")
+    processes = [
+        swarm.start_server(folder, start, end, "--compression", "none", "--threads", "1", place=place(host))
+        for host, (start, end) in zip(HOSTS[1:], local_swarm.spans(12, 3), strict=True)
+    ]
+    for process in processes:
+        process.wait_for(local_swarm.READY, READY_TIMEOUT_S)
+    return processes
+
+
+def stop_servers(processes: Sequence[local_swarm.Process]) -> None:
+    for process in processes:
+        process.interrupt()
+    for process in processes:
+        process.stop()
 
 
 def load(folder: Path, address: str, part_tokens: int | None) -> Any:
@@ -273,13 +293,7 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
         folder = factories.bench_model(Path(temporary, "bench"))
         change_network(delay="0ms", rate="unlimited")
         swarm.start_bootstrap(place=place("a"))
-        edges = local_swarm.spans(12, 3)
-        processes = [
-            swarm.start_server(folder, start, end, "--compression", "none", "--threads", "1", place=place(host))
-            for host, (start, end) in zip(HOSTS[1:], edges, strict=True)
-        ]
-        for process in processes:
-            process.wait_for(local_swarm.READY, READY_TIMEOUT_S)
+        processes = start_servers(swarm, folder)
         console.print("computing", style="dim")
         wholes = [load(folder, swarm.address, PREFILL_TOKENS) for _ in range(min(NUM_CORES, len(processes)))]
         for model in wholes:
@@ -301,6 +315,8 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
         batches: list[Batch] = []
         for rate_mbit in options.rates:
             console.print(f"prefill at {rate_mbit} Mbit/s", style="dim")
+            stop_servers(processes)
+            processes = start_servers(swarm, folder)
             change_network(delay=f"{500 * PREFILL_ONE_WAY_S:g}ms", rate=f"{rate_mbit}mbit")
             pipelined, whole = load(folder, swarm.address, None), load(folder, swarm.address, PREFILL_TOKENS)
             figures.append(measure_prefill(pipelined, whole, rate_mbit, hidden_size, options.runs, compute_s))

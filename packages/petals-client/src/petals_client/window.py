@@ -24,7 +24,7 @@ _FIRST_TRIP_BYTES = 14_000
 the next: a first part that needs no second one is with the last server before others would be with the second."""
 _MIN_FIRST_TOKENS, _MAX_FIRST_TOKENS = 3, 8
 """Smaller ones would take the servers more time than they save."""
-_LAST_PART_TOKENS = 16
+_LAST_PART_TOKENS = 8
 _MIN_PARTS_WITH_RAMPS = 6
 """Where fewer parts of the full size would do, these are small already."""
 _NEAR_S = 0.01

@@ -12,7 +12,7 @@ _QUEUE: Final = 1.25
 go on until it does."""
 _FIRST_TRIP_BYTES: Final = 14_000
 """In the first round trip of a connection, and after each pause: ten segments (RFC 6928). Twice as much in the next."""
-_LONG_S: Final = 0.15
+_LONG_S: Final = 0.1
 
 
 class PacingChoice:
