@@ -40,15 +40,15 @@ MODEL_STEP_S = 0.284
 (https://huggingface.co/blog/bloom-inference-pytorch-scripts, "accelerate int8", batch 1)."""
 ATTENTION_S_PER_TOKEN = 0.0646 / 1920
 """What the cache's length adds to a step, from the published 1.71 and 1.54 steps/s at 128 and 2,048 tokens."""
-HOP_S = 0.00043
-"""What a hop of this project adds, ``tools/bench_hop.py``, thin model, three servers (docs/benchmarks.md)."""
+HOP_S = 0.00019
+"""What a hop of this project adds, ``tools/bench``, thin model, three servers (docs/benchmarks.md)."""
 TOKENS_PER_TRIP = 2.5
 """With a draft model that is accepted as often as the demo model's has to be (``tools/bench_speculation.py``)."""
 FORWARD_TOKENS = 128
 """Of each row of a parallel forward."""
 MICRO_BATCH_TOKENS = 1024
 """At most in one micro-batch, by default, in the earlier Petals."""
-PARTS_PER_STAGE, MIN_PART_TOKENS, MAX_PART_TOKENS = 4, 128, 512
+PARTS_PER_STAGE, MIN_PART_TOKENS, MAX_PART_TOKENS = 4, 192, 512
 """How this project cuts a forward that goes around the ring, on links that are not slow (``petals_client.window``)."""
 OPENING_ROUND_TRIPS = 3
 """Of a session."""
@@ -145,7 +145,7 @@ class Forward:
         """Seconds around the ring."""
         num_tokens = row.num_rows * FORWARD_TOKENS
         wanted = -(-num_tokens // (PARTS_PER_STAGE * (self.num_servers + 1)))
-        part_tokens = min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, wanted))
+        part_tokens = min(num_tokens, MAX_PART_TOKENS, max(MIN_PART_TOKENS, wanted))
         num_parts = -(-num_tokens // part_tokens)
         num_bytes = part_tokens * HIDDEN_SIZE * self.state_bytes
         compute_s = micro_batch_s(part_tokens) + self.hop_s
