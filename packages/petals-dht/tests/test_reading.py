@@ -79,7 +79,8 @@ def test_what_all_keep_is_read_once() -> None:
     once = Nodes([MANY])
     asyncio.run(once.read())
     assert nodes.requests.total() == once.requests.total()
-    assert max(nodes.requests.values()) < once.requests.total() / 3, "each gives a part"
+    assert len(nodes.requests) == 5, "each gives a part"
+    assert max(nodes.requests.values()) < once.requests.total() / 2, "whose size is up to chance"
 
 
 @settings(max_examples=25, deadline=None)
