@@ -9,7 +9,7 @@ small share of the time and find out whether that has changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -33,7 +33,10 @@ _RATE_PRIOR_WEIGHT: Final = 4.0
 
 @dataclass(slots=True)
 class TripCost:
-    """How long trips take by their columns: a line through the means of trips with the same number of columns."""
+    """How long trips take by their columns: a line through the means of trips with the same number of columns.
+
+    Trips of one column are told apart as soon as others were measured: servers have a shorter way for a lone token.
+    """
 
     _means: dict[int, tuple[float, float]] = field(default_factory=dict)
     """By columns: the mean of recent durations, and its weight, which falls while others are measured."""
@@ -55,17 +58,24 @@ class TripCost:
 
     def duration_s(self, num_columns: int) -> float:
         """Expected duration of a trip; more columns are never cheaper. Something must have been noted."""
-        weight = sum(count for _, count in self._means.values())
-        mean_x = sum(count * columns for columns, (_, count) in self._means.items()) / weight
-        mean_y = sum(count * mean_s for mean_s, count in self._means.values()) / weight
-        variance = sum(count * (columns - mean_x) ** 2 for columns, (_, count) in self._means.items())
-        covariance = sum(
-            count * (columns - mean_x) * (mean_s - mean_y) for columns, (mean_s, count) in self._means.items()
-        )
-        guess = _SLOPE_PRIOR * mean_y
-        slope = max(0.0, (covariance + guess * _SLOPE_PRIOR_WEIGHT) / (variance + _SLOPE_PRIOR_WEIGHT))
-        slope = min(slope, mean_y / mean_x)
-        return mean_y + slope * (num_columns - mean_x)
+        lone_s = self._means.get(1, (0.0, 0.0))[0]
+        several = {columns: each for columns, each in self._means.items() if columns > 1}
+        if not several or not lone_s:
+            return _on_line(self._means, num_columns)
+        return lone_s if num_columns == 1 else max(lone_s, _on_line(several, num_columns))
+
+
+def _on_line(means: Mapping[int, tuple[float, float]], num_columns: int) -> float:
+    """What a line through means, by columns and with their weights, has for a number of columns."""
+    weight = sum(count for _, count in means.values())
+    mean_x = sum(count * columns for columns, (_, count) in means.items()) / weight
+    mean_y = sum(count * mean_s for mean_s, count in means.values()) / weight
+    variance = sum(count * (columns - mean_x) ** 2 for columns, (_, count) in means.items())
+    covariance = sum(count * (columns - mean_x) * (mean_s - mean_y) for columns, (mean_s, count) in means.items())
+    guess = _SLOPE_PRIOR * mean_y
+    slope = max(0.0, (covariance + guess * _SLOPE_PRIOR_WEIGHT) / (variance + _SLOPE_PRIOR_WEIGHT))
+    slope = min(slope, mean_y / mean_x)
+    return mean_y + slope * (num_columns - mean_x)
 
 
 @dataclass(slots=True)
@@ -142,7 +152,6 @@ class DraftLength:
         if trip is None or not trip.is_known or self._num_since_plain >= _PLAIN_TRIP_EVERY[self._num_plain]:
             return NO_DRAFTS
         plain_s = trip.duration_s(1)
-        column_s = trip.duration_s(2) - plain_s
         best, best_rate = NO_DRAFTS, MIN_GAIN / plain_s
         for index, offer in enumerate(offers):
             drafting_s = self._column_s(offer, num_rows)
@@ -151,21 +160,22 @@ class DraftLength:
             for num_drafts in range(1, min(offer.max_drafts, MAX_DRAFTS) + 1):
                 chance *= held
                 expected += chance
-                rate = expected / (plain_s + num_drafts * (column_s + drafting_s))
+                rate = expected / (trip.duration_s(1 + num_drafts) + num_drafts * drafting_s)
                 if rate > best_rate:
                     best, best_rate = Choice(index=index, num_drafts=num_drafts), rate
         if best is NO_DRAFTS:
-            return self._probe(num_rows, offers, column_s)
+            return self._probe(num_rows, offers, trip)
         return best
 
-    def _probe(self, num_rows: int, offers: Sequence[Offer], column_s: float) -> Choice:
+    def _probe(self, num_rows: int, offers: Sequence[Offer], trip: TripCost) -> Choice:
         """Try something that doesn't promise to pay, if it was saved for."""
         promising = [index for index, offer in enumerate(offers) if offer.max_drafts > 0]
         if not promising:
             return NO_DRAFTS
         index = max(promising, key=lambda index: self.chance(offers[index]))
         num_drafts = min(2, offers[index].max_drafts)
-        price_s = num_drafts * (column_s + self._column_s(offers[index], num_rows))
+        price_s = trip.duration_s(1 + num_drafts) - trip.duration_s(1)
+        price_s += num_drafts * self._column_s(offers[index], num_rows)
         if price_s > self._credit_s:
             return NO_DRAFTS
         self._credit_s -= price_s
