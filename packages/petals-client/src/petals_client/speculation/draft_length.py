@@ -18,6 +18,8 @@ PROBE_SHARE: Final = 0.01
 """Of the time may be spent on drafts that are not expected to pay."""
 MIN_GAIN: Final = 1.05
 """Drafts have to promise so many times the tokens per second: estimates are not exact."""
+_MAX_SAVED_TRIPS: Final = 16.0
+"""What may be saved for such drafts, in trips without any."""
 _PLAIN_TRIP_EVERY: Final = (2, 4, 8, 16, 32, 64)
 """Trips after which one goes without drafts, first and later, so that the price of drafts is known and not guessed."""
 _TRIP_MEMORY: Final = 12.0
@@ -35,11 +37,16 @@ _RATE_PRIOR_WEIGHT: Final = 4.0
 class TripCost:
     """How long trips take by their columns: a line through the means of trips with the same number of columns.
 
-    Trips of one column are told apart as soon as others were measured: servers have a shorter way for a lone token.
+    Trips of one column are told apart as soon as others were measured: servers have a shorter way for a lone token. The
+    first trip of several columns teaches nothing, because servers prepare themselves for their number.
     """
 
     _means: dict[int, tuple[float, float]] = field(default_factory=dict)
     """By columns: the mean of recent durations, and its weight, which falls while others are measured."""
+    _are_prepared: set[int] = field(default_factory=lambda: {1})
+    """Numbers of columns that there were before."""
+    _line: tuple[float, float] | None = None
+    """Of several columns, in seconds: what they take, and how much of it is for each. None: not drawn yet."""
 
     @property
     def is_known(self) -> bool:
@@ -47,26 +54,33 @@ class TripCost:
 
     def note(self, num_columns: int, duration_s: float) -> None:
         """Take a trip into account."""
+        if num_columns not in self._are_prepared:
+            self._are_prepared.add(num_columns)
+            return
         if num_columns in self._means:
             duration_s = min(duration_s, _MAX_SURPRISE * self._means[num_columns][0])
-        elif self.is_known:  # not even a server that does nothing but compute takes as long as for as many trips
-            duration_s = min(duration_s, num_columns * self.duration_s(1))
+        if num_columns > 1 and 1 in self._means:  # not even a server that only computes takes as long as for such trips
+            duration_s = min(duration_s, num_columns * self._means[1][0])
         mean_s, weight = self._means.get(num_columns, (0.0, 0.0))
         weight = min(weight + 1, _TRIP_MEMORY)
         self._means = {columns: (mean, each * _TRIP_FADING) for columns, (mean, each) in self._means.items()}
         self._means[num_columns] = (mean_s + (duration_s - mean_s) / weight, weight)
+        self._line = None
 
     def duration_s(self, num_columns: int) -> float:
         """Expected duration of a trip; more columns are never cheaper. Something must have been noted."""
         lone_s = self._means.get(1, (0.0, 0.0))[0]
-        several = {columns: each for columns, each in self._means.items() if columns > 1}
-        if not several or not lone_s:
-            return _on_line(self._means, num_columns)
-        return lone_s if num_columns == 1 else max(lone_s, _on_line(several, num_columns))
+        if num_columns == 1 and lone_s:
+            return lone_s
+        if self._line is None:
+            several = {columns: each for columns, each in self._means.items() if columns > 1}
+            self._line = _line_through(several if several and lone_s else self._means)
+        at_none_s, each_s = self._line
+        return max(lone_s, at_none_s + each_s * num_columns)
 
 
-def _on_line(means: Mapping[int, tuple[float, float]], num_columns: int) -> float:
-    """What a line through means, by columns and with their weights, has for a number of columns."""
+def _line_through(means: Mapping[int, tuple[float, float]]) -> tuple[float, float]:
+    """The line through means, by columns and with their weights: what it has for no column, and for each one more."""
     weight = sum(count for _, count in means.values())
     mean_x = sum(count * columns for columns, (_, count) in means.items()) / weight
     mean_y = sum(count * mean_s for mean_s, count in means.values()) / weight
@@ -75,7 +89,7 @@ def _on_line(means: Mapping[int, tuple[float, float]], num_columns: int) -> floa
     guess = _SLOPE_PRIOR * mean_y
     slope = max(0.0, (covariance + guess * _SLOPE_PRIOR_WEIGHT) / (variance + _SLOPE_PRIOR_WEIGHT))
     slope = min(slope, mean_y / mean_x)
-    return mean_y + slope * (num_columns - mean_x)
+    return mean_y - slope * mean_x, slope
 
 
 @dataclass(slots=True)
@@ -142,12 +156,15 @@ class DraftLength:
     _acceptance: dict[str, Acceptance] = field(default_factory=dict)
     _credit_s: float = 0.0
     """What may be spent on drafts that do not promise to pay."""
+    _is_probing: bool = False
+    """Whether those that were chosen last are such."""
     _num_since_plain: int = 0
     _num_plain: int = 0
     """Trips without drafts that were due, up to the last of ``_PLAIN_TRIP_EVERY``."""
 
     def choose(self, num_rows: int, offers: Sequence[Offer]) -> Choice:
         """Return what to draft for the next trip of a batch."""
+        self._is_probing = False
         trip = self._trips.get(num_rows)
         if trip is None or not trip.is_known or self._num_since_plain >= _PLAIN_TRIP_EVERY[self._num_plain]:
             return NO_DRAFTS
@@ -175,10 +192,10 @@ class DraftLength:
         index = max(promising, key=lambda index: self.chance(offers[index]))
         num_drafts = min(2, offers[index].max_drafts)
         price_s = trip.duration_s(1 + num_drafts) - trip.duration_s(1)
-        price_s += num_drafts * self._column_s(offers[index], num_rows)
-        if price_s > self._credit_s:
+        if price_s + num_drafts * self._column_s(offers[index], num_rows) > self._credit_s:
             return NO_DRAFTS
-        self._credit_s -= price_s
+        self._is_probing = True
+        self._credit_s -= price_s  # what making the drafts takes is known afterwards
         return Choice(index=index, num_drafts=num_drafts)
 
     def chance(self, offer: Offer) -> float:
@@ -188,8 +205,14 @@ class DraftLength:
             chance *= self._of(source).rate
         return chance
 
-    def note_drafting(self, source: str, num_rows: int, num_drafts: int, duration_s: float) -> None:
-        """Take into account how long drafts took to make."""
+    def note_drafting(
+        self, source: str, num_rows: int, num_drafts: int, duration_s: float, *, is_typical: bool = True
+    ) -> None:
+        """Take into account how long drafts took to make; where that is not typical it only counts as spent."""
+        if self._is_probing:
+            self._credit_s -= duration_s
+        if not is_typical:
+            return
         each_s = duration_s / num_drafts
         known_s = self._drafting_s.get((source, num_rows))
         if known_s is not None:
@@ -205,7 +228,7 @@ class DraftLength:
             if self._num_since_plain:
                 self._num_plain = min(self._num_plain + 1, len(_PLAIN_TRIP_EVERY) - 1)
             self._num_since_plain = 0
-            self._credit_s = min(self._credit_s + PROBE_SHARE * duration_s, duration_s)
+            self._credit_s = min(self._credit_s + PROBE_SHARE * duration_s, _MAX_SAVED_TRIPS * duration_s)
         for outcome in outcomes:
             self._of(outcome.source).note(outcome.num_held, int(outcome.has_failed))
 

@@ -99,9 +99,9 @@ class Speculator:
         num_behind = self._model.num_behind(tokens.shape[1])
         started_s = time.perf_counter()
         drafts = self._model.draft(tokens, num_drafts)
-        if num_behind <= _MAX_BEHIND:
-            duration_s = time.perf_counter() - started_s
-            self._lengths.note_drafting(MODEL_SOURCE, tokens.shape[0], num_drafts, duration_s)
+        duration_s = time.perf_counter() - started_s
+        is_typical = num_behind <= _MAX_BEHIND
+        self._lengths.note_drafting(MODEL_SOURCE, tokens.shape[0], num_drafts, duration_s, is_typical=is_typical)
         return drafts
 
     def _look_up(self, tokens: Tensor, open_rows: Sequence[int], max_drafts: int) -> list[Match] | None:
