@@ -11,7 +11,7 @@ from petals_client.chunks import split_columns, split_rows
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any).map(tuple)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts, st.lists(st.integers(1, 12), min_size=1, max_size=4), st.none() | st.integers(0, 12))
 def test_columns(row_tokens: tuple[int, ...], max_tokens: list[int], wanted: int | None) -> None:
     runs = tuple(((10 * row, count),) if count else () for row, count in enumerate(row_tokens))
@@ -42,7 +42,7 @@ def test_columns(row_tokens: tuple[int, ...], max_tokens: list[int], wanted: int
     assert positions == [list(range(10 * row, 10 * row + count)) for row, count in enumerate(row_tokens)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts, st.integers(1, 12))
 def test_rows(row_tokens: tuple[int, ...], max_tokens: int) -> None:
     runs = tuple(((10 * row, count),) if count else () for row, count in enumerate(row_tokens))

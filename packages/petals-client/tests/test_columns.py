@@ -23,7 +23,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(actions)
 def test_against_rows_of_named_tokens(drawn: list[tuple[str, object]]) -> None:
     """``user`` has a name or None per column; ``server`` is rebuilt as the wire's words say it."""

@@ -36,7 +36,7 @@ def simulate(stages_s: list[float], delay_s: float, num_parts: int) -> tuple[flo
     return under_way[-1][1], most
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0.005, 0.1), min_size=1, max_size=6), st.floats(0.0, 0.1))
 def test_the_slowest_stage_is_kept_busy(stages_s: list[float], delay_s: float) -> None:
     num_parts = 100

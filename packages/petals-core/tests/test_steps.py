@@ -63,7 +63,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps, st.integers(2, 12))
 def test_rebuilding(drawn: list[tuple[float, tuple[int, ...], tuple[int, ...] | None, bool]], max_tokens: int) -> None:
     """Before a step and behind it, also when it was done twice, the rows are those of who did the steps themselves."""

@@ -83,7 +83,7 @@ def test_what_all_keep_is_read_once() -> None:
     assert max(nodes.requests.values()) < once.requests.total() / 2, "whose size is up to chance"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sets(st.integers(0, 119)), min_size=1, max_size=4))
 def test_what_any_keeps_is_found(kept: list[set[int]]) -> None:
     nodes = Nodes([[MANY[number] for number in sorted(numbers)] for numbers in kept])

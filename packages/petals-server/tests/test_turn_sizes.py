@@ -64,7 +64,7 @@ def compute(work: Work[Any], turns: Sequence[int]) -> Any:
 
 
 @given(TURNS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_forward_may_be_cut_anywhere(span: Span, turns: list[int]) -> None:
     states = torch.randn(sum(ROWS), 64, generator=torch.Generator().manual_seed(0))
     spec, payload = encoded(states)
@@ -76,7 +76,7 @@ def test_a_forward_may_be_cut_anywhere(span: Span, turns: list[int]) -> None:
 
 
 @given(TURNS, TURNS, st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_training_may_be_cut_between_rows(
     span: Span, forward_turns: list[int], backward_turns: list[int], is_kept: bool
 ) -> None:

@@ -80,7 +80,7 @@ spans = st.integers(0, 5).flatmap(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(spans, max_size=5))
 def test_branches_are_whole_chains_and_never_slower_than_one(drawn: list[tuple[int, int, float]]) -> None:
     servers = [server(9, 0, 6)] + [server(number, *each) for number, each in enumerate(drawn)]

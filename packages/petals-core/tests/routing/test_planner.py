@@ -103,7 +103,7 @@ def build(drawn: list[tuple[int, int, int, int, int]], known: dict[tuple[int, in
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(spans, min_size=1, max_size=6), pairs, st.booleans(), st.booleans())
 def test_no_chain_is_cheaper(
     drawn: list[tuple[int, int, int, int, int]], known: dict[tuple[int, int], int], within: bool, behind: bool
@@ -126,7 +126,7 @@ def test_no_chain_is_cheaper(
     assert cost_of(chain, servers, **ends) == pytest.approx(cheapest(servers, **ends))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(spans, min_size=1, max_size=5), pairs)
 def test_the_cheapest_chain_through_each_server(
     drawn: list[tuple[int, int, int, int, int]], known: dict[tuple[int, int], int]

@@ -149,7 +149,7 @@ class Server(RuleBasedStateMachine):
 
 
 TestServer = Server.TestCase
-TestServer.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestServer.settings = settings(max_examples=40, stateful_step_count=25)
 
 
 def test_a_window_keeps_itself_and_what_may_be_taken_back() -> None:

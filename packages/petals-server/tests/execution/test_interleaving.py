@@ -188,7 +188,7 @@ class Server:
 
 
 @pytest.mark.parametrize("family", FORMS)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(rounds=st.lists(st.tuples(st.lists(STEPS, min_size=1, max_size=4), st.integers(1, 4)), min_size=4, max_size=12))
 def test_any_interleaving_gives_each_session_what_it_gets_alone(family: str, rounds: Any) -> None:
     server = Server(family)
