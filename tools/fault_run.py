@@ -157,6 +157,8 @@ class FaultLab:
                 torch_dtype=self._torch_dtype,
                 cache_tokens=_CACHE_TOKENS,
                 lifetime_s=_LIFETIME_S,
+                # One that is stopped while it does would leave others a socket until they hear nothing for long.
+                measures_neighbours=False,
             )
         self._pids[number] = self._nursery.start(birth)
 

@@ -54,6 +54,8 @@ class Birth:
     """Where others connect to, if something stands between; None: ``port``."""
     lifetime_s: float = 120.0
     """Of its announcements, which it renews three times meanwhile."""
+    measures_neighbours: bool = True
+    """Whether it connects to other servers now and then to see how far they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +318,9 @@ async def _serve(birth: Birth, folder: Path) -> None:
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, count)
     try:
+        if not birth.measures_neighbours:
+            assert server._neighbours is not None
+            await server._neighbours.close()
         _tell(_READY, os.getpid())
         await stopping.wait()
     finally:
