@@ -54,23 +54,25 @@ class _Rows:
         self.logits: list[Tensor] = []
         self.are_finished = False
         self._call = call
-        self._unfinished = torch.ones(len(self.tokens), dtype=torch.long, device=self.tokens.device)
+        self._num_rows = len(self.tokens)
+        self._all_rows = list(range(self._num_rows))
+        self._unfinished = torch.ones(self._num_rows, dtype=torch.long, device=self.tokens.device)
         # As without drafts: rows that have ended are filled up with pads only if tokens can end them.
         has_end = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
         pad = call.pad_token if has_end else None
         self._pad = None if pad is None else pad.to(self.tokens.device)
-        self._num_unfinished = len(self.tokens)
+        self._num_unfinished = self._num_rows
 
     @property
     def open_rows(self) -> list[int]:
         """Rows for which tokens are still chosen."""
-        if self._pad is None or self._num_unfinished == len(self.tokens):
-            return list(range(len(self.tokens)))
+        if self._pad is None or self._num_unfinished == self._num_rows:
+            return self._all_rows
         return self._unfinished.nonzero().flatten().tolist()
 
     def fill(self, drafts: Drafts) -> Drafts:
         """Let drafts of rows that have ended be the pads that will come."""
-        if self._pad is None or self._num_unfinished == len(self.tokens) or not drafts.tokens.shape[1]:
+        if self._pad is None or self._num_unfinished == self._num_rows or not drafts.tokens.shape[1]:
             return drafts
         is_open = self._unfinished.bool()[:, None]
         return Drafts(tokens=torch.where(is_open, drafts.tokens, self._pad), probabilities=drafts.probabilities)
@@ -102,7 +104,7 @@ class _Rows:
             # Of rows that have ended the draft is a pad, which nothing was sampled from; theirs is put in below.
             wanted, drafted = scores.softmax(dim=-1), drafts.probabilities[:, index]
             column = accept_or_resample(wanted, drafted, drafts.tokens[:, index])
-        if self._pad is not None and self._num_unfinished < len(self.tokens):
+        if self._pad is not None and self._num_unfinished < self._num_rows:
             column = torch.where(self._unfinished.bool(), column, self._pad)
         self.tokens = torch.cat([self.tokens, column[:, None]], dim=1)
         if self._call.streamer is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 MAX_DRAFTS: Final = 16
 PROBE_SHARE: Final = 0.01
@@ -35,57 +35,72 @@ _RATE_PRIOR_WEIGHT: Final = 4.0
 
 @dataclass(slots=True)
 class TripCost:
-    """How long trips take by their columns: a line through the means of trips with the same number of columns.
+    """How long trips take: those of lone tokens, for which servers have a shorter way, and those of several columns.
 
-    Trips of one column are told apart as soon as others were measured: servers have a shorter way for a lone token. The
-    first trip of several columns teaches nothing, because servers prepare themselves for their number.
+    Of these it is a line through the means of trips with the same number of columns. The first trip of a number teaches
+    nothing, because servers prepare themselves for it.
     """
 
-    _means: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """By columns: the mean of recent durations, and its weight, which falls while others are measured."""
+    _lone: _Mean | None = None
+    _several: dict[int, _Mean] = field(default_factory=dict)
+    """By columns; their weights fall while others are measured."""
     _are_prepared: set[int] = field(default_factory=lambda: {1})
     """Numbers of columns that there were before."""
-    _line: tuple[float, float] | None = None
-    """Of several columns, in seconds: what they take, and how much of it is for each. None: not drawn yet."""
+    _line: tuple[float, float] = (0.0, 0.0)
+    """Through what several columns take: seconds for none, and for each."""
 
     @property
     def is_known(self) -> bool:
-        return bool(self._means)
+        """Whether there was a trip of a lone token."""
+        return self._lone is not None
 
     def note(self, num_columns: int, duration_s: float) -> None:
         """Take a trip into account."""
         if num_columns not in self._are_prepared:
             self._are_prepared.add(num_columns)
-            return
-        if num_columns in self._means:
-            duration_s = min(duration_s, _MAX_SURPRISE * self._means[num_columns][0])
-        if num_columns > 1 and 1 in self._means:  # not even a server that only computes takes as long as for such trips
-            duration_s = min(duration_s, num_columns * self._means[1][0])
-        mean_s, weight = self._means.get(num_columns, (0.0, 0.0))
-        weight = min(weight + 1, _TRIP_MEMORY)
-        self._means = {columns: (mean, each * _TRIP_FADING) for columns, (mean, each) in self._means.items()}
-        self._means[num_columns] = (mean_s + (duration_s - mean_s) / weight, weight)
-        self._line = None
+        elif num_columns == 1:
+            self._lone = _note(self._lone, duration_s)
+        else:
+            if self._lone is not None:  # not even a server that does nothing but compute takes as long as for as many
+                duration_s = min(duration_s, num_columns * self._lone.duration_s)
+            for columns, mean in self._several.items():
+                self._several[columns] = mean._replace(weight=mean.weight * _TRIP_FADING)
+            self._several[num_columns] = _note(self._several.get(num_columns), duration_s)
+            self._line = _line_through(self._several)
 
     def duration_s(self, num_columns: int) -> float:
-        """Expected duration of a trip; more columns are never cheaper. Something must have been noted."""
-        lone_s = self._means.get(1, (0.0, 0.0))[0]
-        if num_columns == 1 and lone_s:
-            return lone_s
-        if self._line is None:
-            several = {columns: each for columns, each in self._means.items() if columns > 1}
-            self._line = _line_through(several if several and lone_s else self._means)
-        at_none_s, each_s = self._line
-        return max(lone_s, at_none_s + each_s * num_columns)
+        """Expected duration of a trip; more columns are never cheaper. A lone token's must be known."""
+        assert self._lone is not None
+        lone_s = self._lone.duration_s
+        if not self._several:
+            return lone_s * (1 + _SLOPE_PRIOR * (num_columns - 1))
+        return lone_s if num_columns == 1 else max(lone_s, self._line[0] + self._line[1] * num_columns)
 
 
-def _line_through(means: Mapping[int, tuple[float, float]]) -> tuple[float, float]:
-    """The line through means, by columns and with their weights: what it has for no column, and for each one more."""
-    weight = sum(count for _, count in means.values())
-    mean_x = sum(count * columns for columns, (_, count) in means.items()) / weight
-    mean_y = sum(count * mean_s for mean_s, count in means.values()) / weight
-    variance = sum(count * (columns - mean_x) ** 2 for columns, (_, count) in means.items())
-    covariance = sum(count * (columns - mean_x) * (mean_s - mean_y) for columns, (mean_s, count) in means.items())
+class _Mean(NamedTuple):
+    """Of recent trips of one kind."""
+
+    duration_s: float
+    weight: float
+    """Trips that it stands for."""
+
+
+def _note(mean: _Mean | None, duration_s: float) -> _Mean:
+    """A mean with one more trip."""
+    if mean is None:
+        return _Mean(duration_s, 1.0)
+    weight = min(mean.weight + 1, _TRIP_MEMORY)
+    surprise_s = min(duration_s, _MAX_SURPRISE * mean.duration_s) - mean.duration_s
+    return _Mean(mean.duration_s + surprise_s / weight, weight)
+
+
+def _line_through(means: Mapping[int, _Mean]) -> tuple[float, float]:
+    """A line through means by columns: seconds for none, and for each."""
+    total = sum(mean.weight for mean in means.values())
+    mean_x = sum(mean.weight * columns for columns, mean in means.items()) / total
+    mean_y = sum(mean.weight * mean.duration_s for mean in means.values()) / total
+    variance = sum(mean.weight * (columns - mean_x) ** 2 for columns, mean in means.items())
+    covariance = sum(mean.weight * (columns - mean_x) * (mean.duration_s - mean_y) for columns, mean in means.items())
     guess = _SLOPE_PRIOR * mean_y
     slope = max(0.0, (covariance + guess * _SLOPE_PRIOR_WEIGHT) / (variance + _SLOPE_PRIOR_WEIGHT))
     slope = min(slope, mean_y / mean_x)
@@ -173,6 +188,8 @@ class DraftLength:
         for index, offer in enumerate(offers):
             drafting_s = self._column_s(offer, num_rows)
             held = self.chance(offer)
+            if best_rate * (1 - held) * (trip.duration_s(2) + drafting_s) >= 1:
+                continue  # not even if as many as may hold cost as little as one
             chance, expected = 1.0, 1.0
             for num_drafts in range(1, min(offer.max_drafts, MAX_DRAFTS) + 1):
                 chance *= held

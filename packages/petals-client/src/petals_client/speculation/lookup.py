@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 _KEY_TOKENS: Final = 2
 """Tokens that must agree before anything is drafted."""
 _MAX_PLACES: Final = 8
 """Latest places that are remembered for the same tokens."""
-_MAX_MATCH: Final = 16
+MAX_MATCH: Final = 16
 """Tokens that are compared to tell a good match from a chance one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """Tokens that may come next, and how many before them agree with those of the place they are from."""
+class Match(NamedTuple):
+    """A place whose tokens may come next, and how many before it agree with those at the end."""
 
-    tokens: tuple[int, ...]
+    place: int
     num_matching: int
 
 
@@ -47,29 +45,30 @@ class PromptLookup:
                 self._places.setdefault(key, deque(maxlen=_MAX_PLACES)).append(end)
             self._tokens.append(token)
 
-    def find(self, max_tokens: int) -> Match | None:
-        """Return what may come next: from the place with the longest match, the latest of equals; None: no idea.
-
-        A draft that reaches the end of the text goes on with itself, as text does that repeats a phrase.
-        """
+    def find(self) -> Match | None:
+        """Return the place with the longest match, the latest of equals; None: no idea."""
         tokens = self._tokens
-        if max_tokens < 1 or len(tokens) <= _KEY_TOKENS:
+        if len(tokens) <= _KEY_TOKENS:
             return None
         best, num_best = 0, 0
         for place in reversed(self._places.get((tokens[-2], tokens[-1]), ())):
             num_matching = self._num_matching(place)
             if num_matching > num_best:
                 best, num_best = place, num_matching
-        if not num_best:
-            return None
-        period = len(tokens) - best
-        drafted = [tokens[best + index % period] for index in range(max_tokens)]
-        return Match(tokens=tuple(drafted), num_matching=num_best)
+        return Match(best, num_best) if num_best else None
+
+    def follow(self, match: Match, num_tokens: int) -> list[int]:
+        """What may come next.
+
+        A draft that reaches the end of the text goes on with itself, as text does that repeats a phrase.
+        """
+        period = len(self._tokens) - match.place
+        return [self._tokens[match.place + index % period] for index in range(num_tokens)]
 
     def _num_matching(self, place: int) -> int:
         """How many tokens before ``place`` are those at the end."""
         tokens, count = self._tokens, _KEY_TOKENS
         end = len(tokens)
-        while count < _MAX_MATCH and count < place and tokens[place - count - 1] == tokens[end - count - 1]:
+        while count < MAX_MATCH and count < place and tokens[place - count - 1] == tokens[end - count - 1]:
             count += 1
         return count

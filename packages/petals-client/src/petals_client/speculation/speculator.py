@@ -14,13 +14,18 @@ from torch import Tensor
 from petals_client.speculation.draft_length import MAX_DRAFTS, NO_DRAFTS, Choice, DraftLength, Offer, RowOutcome
 from petals_client.speculation.draft_model import DraftModel
 from petals_client.speculation.drafts import Drafts, no_drafts
-from petals_client.speculation.lookup import Match, PromptLookup
+from petals_client.speculation.lookup import MAX_MATCH, Match, PromptLookup
 
 MODEL_SOURCE = "model"
 _MAX_BEHIND = 32
 """Columns to read up to which the time of drafting tells what drafting costs."""
 PRIORS = {MODEL_SOURCE: 0.7, "lookup 2": 0.35, "lookup 3": 0.5, "lookup 4": 0.6, "lookup 5": 0.7, "lookup 8": 0.85}
 """Chances that drafts hold, before any were checked."""
+_LOOKUP_SOURCES = tuple(
+    f"lookup {max((least for least in (2, 3, 4, 5, 8) if least <= num_matching), default=2)}"
+    for num_matching in range(MAX_MATCH + 1)
+)
+"""By the length of a match, the class that its drafts belong to: the longer it is, the likelier they hold."""
 
 
 class Speculator:
@@ -43,6 +48,7 @@ class Speculator:
         self._num_drafts = num_drafts
         self._lookups: list[PromptLookup] = []
         self._num_read = 0
+        self._none: Drafts | None = None
         self._sources: tuple[str, ...] = ()
         """Of the drafts that are under way, one for each open row."""
 
@@ -51,16 +57,18 @@ class Speculator:
         num_rows, num_columns = tokens.shape
         max_drafts = min(max_drafts, MAX_DRAFTS)
         offers: list[Offer] = []
-        matches = self._look_up(tokens, open_rows, max_drafts) if self._uses_lookup else None
+        matches = self._look_up(tokens, open_rows) if self._uses_lookup else None
         if matches is not None:
-            sources = tuple(_source_of(match) for match in matches)
+            sources = tuple(_LOOKUP_SOURCES[match.num_matching] for match in matches)
             offers.append(Offer(sources=sources, max_drafts=max_drafts, is_free=True))
         if self._model is not None:
             most = min(max_drafts, self._model.room(num_columns))
             offers.append(Offer(sources=(MODEL_SOURCE,) * len(open_rows), max_drafts=most, is_free=False))
         choice = self._choose(num_rows, offers)
         if choice.index is None:
-            return no_drafts(tokens)
+            if self._none is None:
+                self._none = no_drafts(tokens)
+            return self._none
         offer = offers[choice.index]
         self._sources = offer.sources
         if not offer.is_free:
@@ -68,7 +76,7 @@ class Speculator:
         assert matches is not None
         drafted = torch.zeros(num_rows, choice.num_drafts, dtype=torch.long)
         for row, match in zip(open_rows, matches, strict=True):
-            drafted[row] = torch.tensor(match.tokens[: choice.num_drafts])
+            drafted[row] = torch.tensor(self._lookups[row].follow(match, choice.num_drafts))
         return Drafts(tokens=drafted.to(tokens.device))
 
     def note(self, drafts: Drafts, open_rows: Sequence[int], tokens: Tensor, num_new: int, trip_s: float) -> None:
@@ -104,8 +112,8 @@ class Speculator:
         self._lengths.note_drafting(MODEL_SOURCE, tokens.shape[0], num_drafts, duration_s, is_typical=is_typical)
         return drafts
 
-    def _look_up(self, tokens: Tensor, open_rows: Sequence[int], max_drafts: int) -> list[Match] | None:
-        """What the rows that are open find in themselves; None unless all find something."""
+    def _look_up(self, tokens: Tensor, open_rows: Sequence[int]) -> list[Match] | None:
+        """Where the rows that are open find themselves; None unless all do."""
         if not self._lookups:
             self._lookups = [PromptLookup() for _ in range(tokens.shape[0])]
         new = tokens[:, self._num_read :].tolist()
@@ -117,14 +125,8 @@ class Speculator:
         self._num_read = tokens.shape[1]
         matches = []
         for row in open_rows:
-            match = self._lookups[row].find(max_drafts)
+            match = self._lookups[row].find()
             if match is None:
                 return None
             matches.append(match)
         return matches
-
-
-def _source_of(match: Match) -> str:
-    """The class of drafts that a match belongs to: the longer it is, the likelier they hold."""
-    steps = (8, 5, 4, 3, 2)
-    return f"lookup {next(step for step in steps if match.num_matching >= step)}"

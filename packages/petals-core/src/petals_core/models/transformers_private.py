@@ -273,7 +273,7 @@ class DecodingCall:
                 torch.cat([tokens, drafts], dim=1) if width else tokens,
                 next_sequence_length=width + 1,
                 is_first_iteration=False,
-                **_lengthen(self.model_kwargs, width),
+                **(_lengthen(self.model_kwargs, width) if width else self.model_kwargs),
             )
             if "logits_to_keep" in inputs:
                 inputs["logits_to_keep"] = width + 1
@@ -321,7 +321,9 @@ def _lengthen(model_kwargs: dict[str, Any], count: int) -> dict[str, Any]:
         lengthened["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], count)], dim=1)
     positions = model_kwargs.get("position_ids")
     if positions is not None:
-        more = positions[:, -1:] + 1 + torch.arange(count, device=positions.device)
+        more = positions[:, -1:] + 1
+        if count > 1:
+            more = more + torch.arange(count, device=positions.device)
         lengthened["position_ids"] = torch.cat([positions, more], dim=1)
     return lengthened
 
