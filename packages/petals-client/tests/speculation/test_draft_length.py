@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from petals_client.speculation.draft_length import (
@@ -26,7 +26,7 @@ RATES = st.floats(0.0, 0.99)
 class World:
     """A swarm whose trips take ``base_s``, each column more ``column_s`` and each draft ``draft_s``.
 
-    Servers take ``preparing_s`` more when a number of columns comes for the first time.
+    Servers take ``preparing_s`` more when a number of columns comes for the first time, which ``elapsed_s`` leaves out.
     """
 
     def __init__(self, *, base_s: float, column_s: float, draft_s: float, rate: float, seed: int, noise: float = 0.0):
@@ -41,18 +41,18 @@ class World:
 
     def step(self) -> None:
         offer = Offer(sources=("model",), max_drafts=MAX_DRAFTS, is_free=False)
-        width = self.lengths.choose(1, [offer]).num_drafts
+        choice = self.lengths.choose(1, [offer])
+        width = choice.num_drafts
         if width:
-            self.lengths.note_drafting("model", 1, width, width * self.draft_s)
+            self.lengths.note_drafting("model", 1, width, width * self.draft_s, is_probe=choice.is_probe)
         held = 0
         while held < width and self.random.random() < self.rate:
             held += 1
         trip_s = (self.base_s + width * self.column_s) * (1 + self.noise * self.random.random())
-        if width not in self.are_prepared:
-            self.are_prepared.add(width)
-            trip_s += self.preparing_s
+        preparing_s = 0.0 if width in self.are_prepared else self.preparing_s
+        self.are_prepared.add(width)
         outcomes = [RowOutcome(source="model", num_held=held, has_failed=held < width)] if width else []
-        self.lengths.note_trip(1, width, trip_s, outcomes)
+        self.lengths.note_trip(1, width, trip_s + preparing_s, outcomes)
         self.elapsed_s += trip_s + width * self.draft_s
         self.num_tokens += held + 1
         self.widths.append(width)
@@ -67,6 +67,7 @@ class World:
 
 
 @settings(max_examples=25)
+@example(base_s=1.0, column=0.97, draft=0.0, rate=0.9, noise=0.5, seed=4)
 @given(
     base_s=SECONDS, column=RATES, draft=RATES, rate=RATES, noise=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 99)
 )
@@ -114,13 +115,23 @@ def test_servers_that_have_to_prepare_themselves_do_not_spoil_what_pays() -> Non
     assert sum(world.widths[-100:]) > 100
 
 
-def test_a_slow_beginning_is_looked_at_again() -> None:
-    world = World(base_s=0.01, column_s=0.0005, draft_s=0.05, rate=0.75, seed=0)
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
+def test_servers_that_have_to_prepare_themselves_do_not_make_drafts_look_good(rate: float) -> None:
+    world = World(base_s=0.0115, column_s=0.0005, draft_s=0.004, rate=rate, seed=0)
+    world.preparing_s = 0.3
+    for _ in range(200):
+        world.step()
+    assert world.elapsed_s <= 1.05 * world.num_tokens * world.base_s
+
+
+@pytest.mark.parametrize("draft_s", [0.05, 0.2])
+def test_a_slow_beginning_is_looked_at_again(draft_s: float) -> None:
+    world = World(base_s=0.01, column_s=0.0005, draft_s=draft_s, rate=0.75, seed=0)
     for _ in range(100):
         world.step()
     assert not any(world.widths[-50:]), "drafts that take so long are not worth it"
     world.draft_s = 0.001
-    for _ in range(4000):
+    for _ in range(round(2 * 2 * draft_s / (PROBE_SHARE * world.base_s)) + 4000):
         world.step()
     assert sum(world.widths[-100:]) > 100
 
@@ -130,14 +141,20 @@ def test_what_a_probe_takes_is_saved_for_first() -> None:
     for _ in range(1000):
         world.step()
     offer = Offer(sources=("model",), max_drafts=MAX_DRAFTS, is_free=False)
-    while not world.lengths.choose(1, [offer]).num_drafts:
-        world.lengths.note_trip(1, 0, 0.01, [])
-    world.lengths.note_drafting("model", 1, 2, 0.1, is_typical=False)
-    num_waiting = 0
-    while not world.lengths.choose(1, [offer]).num_drafts:
-        world.lengths.note_trip(1, 0, 0.01, [])
-        num_waiting += 1
-    assert num_waiting >= 0.09 / (PROBE_SHARE * 0.01)
+
+    def wait() -> int:
+        num_waiting = 0
+        while not (choice := world.lengths.choose(1, [offer])).num_drafts:
+            world.lengths.note_trip(1, 0, 0.01, [])
+            num_waiting += 1
+        assert choice.is_probe
+        return num_waiting
+
+    wait()
+    world.lengths.note_drafting("model", 1, 2, 0.1, is_probe=True, is_typical=False)
+    assert wait() >= 0.09 / (PROBE_SHARE * 0.01)
+    world.lengths.note_drafting("model", 1, 8, 0.1, is_typical=False)  # asked for, and no probe
+    assert wait() < 0.09 / (PROBE_SHARE * 0.01)
 
 
 @given(
@@ -151,7 +168,7 @@ def test_what_is_chosen_is_expected_to_pay(
     durations: list[tuple[int, float]], held: int, failed: int, drafting_s: float, max_drafts: int
 ) -> None:
     lengths, cost = DraftLength(), TripCost()
-    for num_drafts, duration_s in durations:
+    for num_drafts, duration_s in [*durations, *durations]:
         lengths.note_trip(1, num_drafts, duration_s, ())
         cost.note(num_drafts + 1, duration_s)
     lengths.note_trip(1, 1, durations[-1][1], [RowOutcome(source="a", num_held=held, has_failed=False)] * (held > 0))
@@ -167,7 +184,7 @@ def test_what_is_chosen_is_expected_to_pay(
     rate = lengths.chance(offer)
     gain = sum(rate**index for index in range(choice.num_drafts + 1))
     price = (cost.duration_s(choice.num_drafts + 1) + choice.num_drafts * drafting_s) / cost.duration_s(1)
-    plain_s = sum(duration_s for num_drafts, duration_s in durations if not num_drafts)
+    plain_s = 2 * sum(duration_s for num_drafts, duration_s in durations if not num_drafts)
     is_probe = price * cost.duration_s(1) - cost.duration_s(1) <= PROBE_SHARE * plain_s * (1 + 1e-9)
     assert is_probe or gain >= MIN_GAIN * price * (1 - 1e-9)
 
@@ -175,7 +192,7 @@ def test_what_is_chosen_is_expected_to_pay(
 @given(first_s=SECONDS, durations=st.lists(st.tuples(st.integers(1, 17), SECONDS), max_size=50))
 def test_more_columns_are_never_expected_to_be_cheaper(first_s: float, durations: list[tuple[int, float]]) -> None:
     cost = TripCost()
-    for num_columns, duration_s in [(1, first_s), *durations]:
+    for num_columns, duration_s in [(1, first_s), (1, first_s), *durations]:
         cost.note(num_columns, duration_s)
     expected = [cost.duration_s(num_columns) for num_columns in range(1, 18)]
     assert expected == sorted(expected)
@@ -187,7 +204,8 @@ def test_more_columns_are_never_expected_to_be_cheaper(first_s: float, durations
 def test_rows_side_by_side_hold_together() -> None:
     lengths = DraftLength(priors={"a": 0.5, "b": 0.25})
     assert lengths.chance(Offer(sources=("a", "b", "a"), max_drafts=1, is_free=True)) == 0.0625
-    lengths.note_trip(3, 0, 0.1, ())
+    for _ in range(2):
+        lengths.note_trip(3, 0, 0.1, ())
     assert lengths.choose(2, [Offer(sources=("a", "a"), max_drafts=9, is_free=True)]) == NO_DRAFTS, "of other batches"
     offers = [
         Offer(sources=("b",) * 3, max_drafts=9, is_free=True),

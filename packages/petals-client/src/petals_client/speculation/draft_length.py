@@ -18,8 +18,6 @@ PROBE_SHARE: Final = 0.01
 """Of the time may be spent on drafts that are not expected to pay."""
 MIN_GAIN: Final = 1.05
 """Drafts have to promise so many times the tokens per second: estimates are not exact."""
-_MAX_SAVED_TRIPS: Final = 16.0
-"""What may be saved for such drafts, in trips without any."""
 _PLAIN_TRIP_EVERY: Final = (2, 4, 8, 16, 32, 64)
 """Trips after which one goes without drafts, first and later, so that the price of drafts is known and not guessed."""
 _TRIP_MEMORY: Final = 12.0
@@ -37,14 +35,14 @@ _RATE_PRIOR_WEIGHT: Final = 4.0
 class TripCost:
     """How long trips take: those of lone tokens, for which servers have a shorter way, and those of several columns.
 
-    Of these it is a line through the means of trips with the same number of columns. The first trip of a number teaches
-    nothing, because servers prepare themselves for it.
+    Of these it is a line through the means of trips with the same number of columns. The first trip of a number of
+    columns teaches nothing, because servers prepare themselves for it.
     """
 
     _lone: _Mean | None = None
     _several: dict[int, _Mean] = field(default_factory=dict)
     """By columns; their weights fall while others are measured."""
-    _are_prepared: set[int] = field(default_factory=lambda: {1})
+    _are_prepared: set[int] = field(default_factory=set)
     """Numbers of columns that there were before."""
     _line: tuple[float, float] = (0.0, 0.0)
     """Through what several columns take: seconds for none, and for each."""
@@ -53,6 +51,11 @@ class TripCost:
     def is_known(self) -> bool:
         """Whether there was a trip of a lone token."""
         return self._lone is not None
+
+    def is_due(self, num_columns: int) -> bool:
+        """Whether a trip of so many may come next: before any has taught what several take, each waits for those
+        that servers have prepared themselves for."""
+        return bool(self._several) or num_columns in self._are_prepared or self._are_prepared <= {1}
 
     def note(self, num_columns: int, duration_s: float) -> None:
         """Take a trip into account."""
@@ -144,6 +147,8 @@ class Choice:
 
     index: int | None
     num_drafts: int
+    is_probe: bool = False
+    """Whether they do not promise to pay, but are to show whether that has changed."""
 
 
 NO_DRAFTS: Final = Choice(index=None, num_drafts=0)
@@ -171,15 +176,14 @@ class DraftLength:
     _acceptance: dict[str, Acceptance] = field(default_factory=dict)
     _credit_s: float = 0.0
     """What may be spent on drafts that do not promise to pay."""
-    _is_probing: bool = False
-    """Whether those that were chosen last are such."""
+    _probe_s: float = 0.0
+    """What those would have taken that were too dear last."""
     _num_since_plain: int = 0
     _num_plain: int = 0
     """Trips without drafts that were due, up to the last of ``_PLAIN_TRIP_EVERY``."""
 
     def choose(self, num_rows: int, offers: Sequence[Offer]) -> Choice:
         """Return what to draft for the next trip of a batch."""
-        self._is_probing = False
         trip = self._trips.get(num_rows)
         if trip is None or not trip.is_known or self._num_since_plain >= _PLAIN_TRIP_EVERY[self._num_plain]:
             return NO_DRAFTS
@@ -195,7 +199,7 @@ class DraftLength:
                 chance *= held
                 expected += chance
                 rate = expected / (trip.duration_s(1 + num_drafts) + num_drafts * drafting_s)
-                if rate > best_rate:
+                if rate > best_rate and trip.is_due(1 + num_drafts):
                     best, best_rate = Choice(index=index, num_drafts=num_drafts), rate
         if best is NO_DRAFTS:
             return self._probe(num_rows, offers, trip)
@@ -209,11 +213,11 @@ class DraftLength:
         index = max(promising, key=lambda index: self.chance(offers[index]))
         num_drafts = min(2, offers[index].max_drafts)
         price_s = trip.duration_s(1 + num_drafts) - trip.duration_s(1)
-        if price_s + num_drafts * self._column_s(offers[index], num_rows) > self._credit_s:
+        self._probe_s = price_s + num_drafts * self._column_s(offers[index], num_rows)
+        if self._probe_s > self._credit_s:
             return NO_DRAFTS
-        self._is_probing = True
         self._credit_s -= price_s  # what making the drafts takes is known afterwards
-        return Choice(index=index, num_drafts=num_drafts)
+        return Choice(index=index, num_drafts=num_drafts, is_probe=True)
 
     def chance(self, offer: Offer) -> float:
         """The chance that one more column of drafts holds in all rows."""
@@ -223,10 +227,17 @@ class DraftLength:
         return chance
 
     def note_drafting(
-        self, source: str, num_rows: int, num_drafts: int, duration_s: float, *, is_typical: bool = True
+        self,
+        source: str,
+        num_rows: int,
+        num_drafts: int,
+        duration_s: float,
+        *,
+        is_probe: bool = False,
+        is_typical: bool = True,
     ) -> None:
-        """Take into account how long drafts took to make; where that is not typical it only counts as spent."""
-        if self._is_probing:
+        """Take into account how long drafts took to make; where that is not typical it says nothing of other drafts."""
+        if is_probe:
             self._credit_s -= duration_s
         if not is_typical:
             return
@@ -245,7 +256,7 @@ class DraftLength:
             if self._num_since_plain:
                 self._num_plain = min(self._num_plain + 1, len(_PLAIN_TRIP_EVERY) - 1)
             self._num_since_plain = 0
-            self._credit_s = min(self._credit_s + PROBE_SHARE * duration_s, _MAX_SAVED_TRIPS * duration_s)
+            self._credit_s = min(self._credit_s + PROBE_SHARE * duration_s, max(duration_s, self._probe_s))
         for outcome in outcomes:
             self._of(outcome.source).note(outcome.num_held, int(outcome.has_failed))
 

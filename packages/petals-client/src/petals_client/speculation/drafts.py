@@ -29,7 +29,7 @@ class Drafter(Protocol):
         """Draft what may follow tokens [R, L], pads included; what it says of rows that are not open doesn't matter."""
 
     def note(self, drafts: Drafts, open_rows: Sequence[int], tokens: Tensor, num_new: int, trip_s: float) -> None:
-        """Be told of a trip, the first one included: tokens [R, L + num_new] stand there now."""
+        """Be told of a trip, each but the first: tokens [R, L + num_new] stand there now."""
 
 
 def no_drafts(tokens: Tensor) -> Drafts:

@@ -72,7 +72,7 @@ class Speculator:
         offer = offers[choice.index]
         self._sources = offer.sources
         if not offer.is_free:
-            return self._draft_with_model(tokens, choice.num_drafts)
+            return self._draft_with_model(tokens, choice)
         assert matches is not None
         drafted = torch.zeros(num_rows, choice.num_drafts, dtype=torch.long)
         for row, match in zip(open_rows, matches, strict=True):
@@ -102,14 +102,19 @@ class Speculator:
         index = max(possible, key=lambda index: self._lengths.chance(offers[index]))
         return Choice(index=index, num_drafts=min(self._num_drafts, offers[index].max_drafts))
 
-    def _draft_with_model(self, tokens: Tensor, num_drafts: int) -> Drafts:
+    def _draft_with_model(self, tokens: Tensor, choice: Choice) -> Drafts:
         assert self._model is not None
         num_behind = self._model.num_behind(tokens.shape[1])
         started_s = time.perf_counter()
-        drafts = self._model.draft(tokens, num_drafts)
-        duration_s = time.perf_counter() - started_s
-        is_typical = num_behind <= _MAX_BEHIND
-        self._lengths.note_drafting(MODEL_SOURCE, tokens.shape[0], num_drafts, duration_s, is_typical=is_typical)
+        drafts = self._model.draft(tokens, choice.num_drafts)
+        self._lengths.note_drafting(
+            MODEL_SOURCE,
+            tokens.shape[0],
+            choice.num_drafts,
+            time.perf_counter() - started_s,
+            is_probe=choice.is_probe,
+            is_typical=num_behind <= _MAX_BEHIND,
+        )
         return drafts
 
     def _look_up(self, tokens: Tensor, open_rows: Sequence[int]) -> list[Match] | None:

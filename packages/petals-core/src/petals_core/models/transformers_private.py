@@ -322,7 +322,7 @@ def _lengthen(model_kwargs: dict[str, Any], count: int) -> dict[str, Any]:
     positions = model_kwargs.get("position_ids")
     if positions is not None:
         more = positions[:, -1:] + 1
-        if count > 1:
+        if count != 1:
             more = more + torch.arange(count, device=positions.device)
         lengthened["position_ids"] = torch.cat([positions, more], dim=1)
     return lengthened
