@@ -294,6 +294,10 @@ async def _serve(birth: Birth, folder: Path) -> None:
             if birth.announced_port is not None:
                 self.address = Address("127.0.0.1", birth.announced_port)
 
+        def _measure_neighbours(self) -> None:
+            if birth.measures_neighbours:
+                super()._measure_neighbours()
+
     config = ServerConfig(
         model=birth.model,
         blocks=(birth.start, birth.end),
@@ -318,9 +322,6 @@ async def _serve(birth: Birth, folder: Path) -> None:
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, count)
     try:
-        if not birth.measures_neighbours:
-            assert server._neighbours is not None
-            await server._neighbours.close()
         _tell(_READY, os.getpid())
         await stopping.wait()
     finally:

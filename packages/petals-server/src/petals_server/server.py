@@ -212,7 +212,7 @@ class Server:
         )
         self._resources.push_async_callback(self._neighbours.close)
         await self._announcer.start()
-        self._neighbours.start(self._announcer.announce)
+        self._measure_neighbours()
         device = str(self.holding.opened.device) if self.config.pause_when_busy else None
         self._guest = Guest(self, schedule=self.config.schedule, meter=None if device is None else make_meter(device))
         self._resources.push_async_callback(self._guest.close)
@@ -221,6 +221,12 @@ class Server:
             self._hold()
             if self.config.placement is not None:
                 self._balancer.start()
+
+    def _measure_neighbours(self) -> None:
+        """Begin to find out how far others are."""
+        assert self._neighbours is not None
+        assert self._announcer is not None
+        self._neighbours.start(self._announcer.announce)
 
     async def _join(self, host: str | None) -> None:
         """Open the ports, join the directory, and see that others can connect."""
