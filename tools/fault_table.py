@@ -6,8 +6,9 @@ once: it is killed (SIGKILL), stopped (SIGSTOP), restarted under the same identi
 its connections are cut, delayed by 5 s, corrupted, or its replies vanish. A cell is good if all tokens are those of the
 local model in float32, no other server is blamed, and after 5 s servers and client have no more sessions, pages, tasks,
 streams and sockets than before. With ``--dtype bfloat16`` tokens that were given must stay, and the others be such as a
-local model gives whose cache was computed anew when the fault struck, but for ties of rounding. Prints the table, and
-what was wrong in each bad cell. Exit code 0: all cells are good.
+local model gives whose cache was computed anew when the fault struck, but for ties of rounding. These servers do not
+measure their neighbours now and then, as others do: one that is stopped meanwhile leaves a socket that is none of the
+session's. Prints the table, and what was wrong in each bad cell. Exit code 0: all cells are good.
 """
 
 from __future__ import annotations
