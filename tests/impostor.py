@@ -21,6 +21,7 @@ from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
 from petals_core.net.rpc import call
 from petals_core.net.stream import Stream
+from petals_core.next_delays import NextDelays
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
     Backward,
@@ -93,7 +94,7 @@ class Impostor:
             addresses=(Address("127.0.0.1", self._listener.port),),
             inference_tokens_per_s=1e9,
             forward_tokens_per_s=1e9,
-            next_delays=(),
+            next_delays=NextDelays(),
         )
         await self._directory.announce(SignedAnnouncement.sign(announcement, self._identity))
         return self

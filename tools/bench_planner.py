@@ -2,10 +2,10 @@
 
 Draws servers at random places of a plane (up to 100 ms from end to end), with random spans and speeds, each of which
 announces the delays to the eight nearest of those that may come next; the client sits in the middle. Prints the median
-and the 90th percentile of weighing all announcements and planning a chain from them, for short, middling and long
-spans; the same for dividing a batch among chains; and what the announced delays are worth: the true time of a step
-through the chosen chain, against that of a chain chosen without them. Nothing is cached between the plans. At the end
-it prints how 60 clients share three equal servers.
+and the 90th percentile of planning a chain, and of that with the weighing of all announcements before it, for short,
+middling and long spans; the same for dividing a batch among chains; and what the announced delays are worth: the true
+time of a step through the chosen chain, against that of a chain chosen without them. Nothing is cached between the
+plans. At the end it prints how 60 clients share three equal servers.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def make_places(rng: random.Random, num_servers: int, num_blocks: int, shape: tu
     from petals_core.announcement import Announcement
     from petals_core.identity import PeerId
     from petals_core.limits import MAX_NEXT_DELAYS
+    from petals_core.next_delays import NextDelays
 
     places: list[Place] = []
     for number in range(num_servers):
@@ -90,7 +91,7 @@ def make_places(rng: random.Random, num_servers: int, num_blocks: int, shape: tu
             for other in places
             if own.start < other.announcement.start <= own.end < other.announcement.end
         )[:MAX_NEXT_DELAYS]
-        delays = tuple((digest, delay_s) for delay_s, digest in nearest)
+        delays = NextDelays.of((digest, delay_s) for delay_s, digest in nearest)
         return replace(place, announcement=replace(own, next_delays=delays))
 
     return [announce(place) for place in places]
@@ -137,6 +138,7 @@ def measure(work: Callable[[], object], repeats: int) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
+    from petals_core.next_delays import NextDelays
     from petals_core.routing.flow import split_flow
     from petals_core.routing.planner import plan_chain
 
@@ -153,10 +155,16 @@ def run(options: argparse.Namespace) -> None:
             servers = weigh(places, rng, batch_tokens=512)
             return split_flow(servers, 0, end, model_name="model", max_chains=4)
 
-        blind = [replace(each, announcement=replace(each.announcement, next_delays=())) for each in places]
+        servers = weigh(places, rng)
+
+        def plan_weighed(servers: Sequence[Server] = servers) -> Chain:
+            return plan_chain(servers, 0, end, model_name="model")
+
+        blind = [replace(each, announcement=replace(each.announcement, next_delays=NextDelays())) for each in places]
         known_ms = 1000 * statistics.median(step_s(plan(), places) for _ in range(5))
         blind_ms = 1000 * statistics.median(step_s(plan(blind), places) for _ in range(5))
         print(f"spans of {shape[0]} to {shape[1]} blocks: a chain of {len(plan())} servers")
+        print(f"  planning a chain                {measure(plan_weighed, options.repeats)}")
         print(f"  weighing and planning a chain   {measure(plan, options.repeats)}")
         print(f"  dividing a batch among chains   {measure(split, options.repeats)}")
         print(f"  a step through the chain        {known_ms:.0f} ms; {blind_ms:.0f} ms if no delays are announced")

@@ -38,6 +38,7 @@ from petals_core.errors import (
 )
 from petals_core.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Identity, verify
 from petals_core.limits import WireLimits
+from petals_core.next_delays import NextDelays
 from petals_core.swarm_key import SwarmKey
 from petals_core.testing.mutations import mutated_bytes, mutated_value
 from petals_core.wire.connection import Connection, ConnectionClosed
@@ -210,7 +211,7 @@ ANNOUNCEMENT = SignedAnnouncement.sign(
         load=0.5,
         version="1.0",
         public_name="a name",
-        next_delays=((bytes(32), 0.01),),
+        next_delays=NextDelays.of([(bytes(32), 0.01)]),
         intent=(8, 20),
         intent_at_s=NOW_S - 5,
         observed=((bytes(OBSERVED_ID_BYTES), 90),),

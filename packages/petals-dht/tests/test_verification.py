@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_core.errors import InvalidAnnouncementError
+from petals_core.next_delays import NextDelays
 from petals_dht.testing import make_announcement
 from petals_dht.verification import Verifier
 
@@ -38,7 +39,7 @@ def test_memory_is_bounded() -> None:
     assert len(verifier._authentic) == 2
 
 
-SIGNED = make_announcement(now_s=NOW_S, adapters=("adapter",), next_delays=((bytes(32), 0.1),))
+SIGNED = make_announcement(now_s=NOW_S, adapters=("adapter",), next_delays=NextDelays.of([(bytes(32), 0.1)]))
 
 
 @given(st.data())

@@ -14,6 +14,7 @@ from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_ANNOUNCEMENT_BYTES, MAX_NEXT_DELAYS
 from petals_core.net.listener import Listener
 from petals_core.net.stream import Stream
+from petals_core.next_delays import NextDelays
 from petals_core.testing.network import run_clean
 from petals_core.wire.messages import ContributionNoted, InfoRequest
 from petals_dht.testing import make_info
@@ -105,7 +106,7 @@ def test_servers_announce_them(tmp_path: Path) -> None:
         ((digest, delay_s),) = first._describe(1.0, 2.0).next_delays
         assert digest == last.peer_id.digest
         assert 0 < delay_s < 1
-        assert last._describe(1.0, 2.0).next_delays == ()
+        assert last._describe(1.0, 2.0).next_delays == NextDelays()
     finally:
         swarm.close()
 
@@ -184,7 +185,7 @@ def test_one_that_answers_nonsense_is_not_timed() -> None:
 def test_an_announcement_leaves_out_delays_for_which_there_is_no_room() -> None:
     from petals_server.announcer import Announcer
 
-    delays = tuple((bytes([number]) * 32, 0.1) for number in range(MAX_NEXT_DELAYS))
+    delays = NextDelays.of((bytes([number]) * 32, 0.1) for number in range(MAX_NEXT_DELAYS))
     crowded = announced(0, 4, adapters=tuple(f"{'a' * 58}{number}" for number in range(4))).announcement
     announcer = Announcer(
         None,  # type: ignore[arg-type]  # nothing is sent

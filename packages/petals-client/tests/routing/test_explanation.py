@@ -9,6 +9,7 @@ import pytest
 
 from petals_client.routing.explanation import Facts, Route, explain_chain
 from petals_core.identity import PeerId
+from petals_core.next_delays import NextDelays
 from petals_core.routing.cost import FULL_CACHE_S, SOFTWARE_S
 from petals_core.routing.graph import Server
 from petals_core.routing.planner import plan_chain
@@ -52,7 +53,7 @@ def explain(servers: list[Server], known: dict[int, Facts] | None = None, cache_
 def test_edges_add_up_to_the_cost_of_the_chain() -> None:
     route = explain(
         [
-            server(1, 0, 3, next_delays=((peer(2).digest, 0.005),)),
+            server(1, 0, 3, next_delays=NextDelays.of([(peer(2).digest, 0.005)])),
             server(2, 3, 5, hop_s=SOFTWARE_S + 0.003),
             server(3, 5, 6, hop_s=SOFTWARE_S + 2.0 + FULL_CACHE_S),
         ],

@@ -20,6 +20,7 @@ from petals_core.limits import (
     MAX_NEXT_DELAYS,
     MAX_OBSERVED,
 )
+from petals_core.next_delays import NextDelays
 from petals_core.schema import ruled
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -38,6 +39,14 @@ def _address(value: object) -> Address:
         return Address.parse(schema.text(300)(value))
     except ConfigurationError as error:
         raise schema.SchemaError(error.message) from None
+
+
+_next_delay_pairs = schema.sequence(schema.pair(schema.binary(32, 32), schema.number(0, 60)), MAX_NEXT_DELAYS)
+
+
+def _next_delays(value: object) -> NextDelays:
+    """Rule for delays to others, a list of pairs."""
+    return NextDelays.of(_next_delay_pairs(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +76,8 @@ class Announcement:
     """Work waiting over work that a turn takes; 0 is idle."""
     version: str = ruled(schema.text(32), default="")
     public_name: str = ruled(schema.text(MAX_NAME_CHARS), default="")
-    next_delays: tuple[tuple[bytes, float], ...] = ruled(
-        schema.sequence(schema.pair(schema.binary(32, 32), schema.number(0, 60)), MAX_NEXT_DELAYS), default=()
-    )
-    """(peer id digest, one-way delay in seconds) to servers that are likely to come next in a chain."""
-
+    next_delays: NextDelays = ruled(_next_delays, default_factory=NextDelays)
+    """To servers that are likely to come next in a chain."""
     intent: tuple[int, int] | None = ruled(
         schema.optional(schema.pair(schema.integer(0, MAX_BLOCKS), schema.integer(0, MAX_BLOCKS))), default=None
     )
@@ -118,6 +124,7 @@ class SignedAnnouncement:
         """
         fields = schema.to_map(announcement)
         fields["addresses"] = [str(address) for address in announcement.addresses]
+        fields["next_delays"] = list(announcement.next_delays)
         content = schema.pack(fields)
         signature = identity.sign(_SIGNATURE_CONTEXT + content)
         encoded = schema.pack([identity.public_key, signature, content])

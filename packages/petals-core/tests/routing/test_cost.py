@@ -10,6 +10,7 @@ import pytest
 
 from petals_core.announcement import Announcement
 from petals_core.identity import PeerId
+from petals_core.next_delays import NextDelays
 from petals_core.routing.cost import FULL_CACHE_S, SOFTWARE_S, UNKNOWN_DELAY_S, estimate_cost
 from petals_core.routing.graph import Server
 from petals_core.routing.planner import plan_chain
@@ -44,7 +45,8 @@ def test_what_adds_to_a_visit() -> None:
     assert (plain.client_s, plain.hop_s) == (0.005, SOFTWARE_S)
     assert estimate(round_trip_s=None).client_s == UNKNOWN_DELAY_S
     assert estimate(penalty_s=5.0).hop_s == plain.hop_s + 5.0
-    assert estimate(next_delays=((bytes(32), 0.02),)).next_delays == ((bytes(32), 0.02),)
+    next_delays = NextDelays.of([(bytes(32), 0.02)])
+    assert estimate(next_delays=next_delays).next_delays == next_delays
 
 
 def test_a_cache_without_room() -> None:

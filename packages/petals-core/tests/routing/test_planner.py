@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from petals_core.errors import MissingBlocksError
 from petals_core.identity import PeerId
+from petals_core.next_delays import NextDelays
 from petals_core.routing.graph import Hop, Server, describe_blocks, find_gaps
 from petals_core.routing.planner import Lattice, cost_of, plan_chain
 
@@ -39,7 +40,7 @@ def server(
         client_s=client_s,
         hop_s=hop_s,
         block_s=block_s,
-        next_delays=tuple((peer(other).digest, delay_s) for other, delay_s in (delays or {}).items()),
+        next_delays=NextDelays.of((peer(other).digest, delay_s) for other, delay_s in (delays or {}).items()),
     )
 
 
@@ -135,6 +136,16 @@ def test_the_cheapest_chain_through_each_server(
     through = Lattice(servers, 0, NUM_BLOCKS).cheapest_through()
     for each, cost in zip(servers, through, strict=True):
         assert cost == pytest.approx(cheapest(servers, through=each))
+
+
+def test_delays_to_servers_that_are_not_there_count_for_nothing() -> None:
+    """Digests before, between and behind those of all servers; one has the first eight bytes of a server's."""
+    similar = peer(1).digest[:8] + bytes(24)
+    strangers = NextDelays.of((digest, 0.0) for digest in (bytes(32), peer(9).digest, b"\xff" * 32, similar))
+    first = server(0, 0, 2)._replace(next_delays=strangers)
+    chain = plan([first, server(1, 2, 5)])
+    assert [hop.peer_id for hop in chain] == [peer(0), peer(1)]
+    assert Lattice([first, server(1, 2, 5)], 0, NUM_BLOCKS).cheapest_through().tolist() == pytest.approx([7.0, 7.0])
 
 
 def test_fewer_hops_are_cheaper_at_equal_speed() -> None:

@@ -16,6 +16,7 @@ from petals_core.announcement import Announcement, SignedAnnouncement
 from petals_core.errors import ConfigurationError, InvalidRequestError, NoPeersError
 from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_ANNOUNCEMENT_LIFETIME_S
+from petals_core.next_delays import NextDelays
 from petals_core.swarm_key import SwarmKey
 from petals_dht.contacts import MODELS_KEY, Contact, model_key
 from petals_dht.node import Node, NodeTiming
@@ -245,7 +246,7 @@ class Directory:
                 expires_at_s=announcement.issued_at_s + _LISTING_LIFETIME_S,
                 addresses=(),
                 adapters=(),
-                next_delays=(),
+                next_delays=NextDelays(),
             )
             await self.node.store(
                 MODELS_KEY, SignedAnnouncement.sign(listing, self.identity).encoded, timeout_s=timeout_s
@@ -274,7 +275,7 @@ class Directory:
             state="offline",
             issued_at_s=issued_at_s,
             expires_at_s=issued_at_s + MAX_ANNOUNCEMENT_LIFETIME_S,
-            next_delays=(),
+            next_delays=NextDelays(),
         )
         return await self.announce(SignedAnnouncement.sign(offline, self.identity), timeout_s=timeout_s)
 

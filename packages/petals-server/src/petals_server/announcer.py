@@ -14,6 +14,7 @@ from petals_core.announcement import Announcement, SignedAnnouncement
 from petals_core.errors import InvalidAnnouncementError, PetalsError
 from petals_core.identity import Identity
 from petals_core.net.tasks import BackgroundTasks
+from petals_core.next_delays import NextDelays
 from petals_dht.directory import Directory
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Announcer:
             except InvalidAnnouncementError:
                 if not announcement.next_delays:
                     raise
-                announcement = replace(announcement, next_delays=announcement.next_delays[:-1])
+                announcement = replace(announcement, next_delays=NextDelays.of(list(announcement.next_delays)[:-1]))
 
     async def stop(self) -> None:
         """Stop announcing and take back what was announced, as far as the swarm can be reached."""

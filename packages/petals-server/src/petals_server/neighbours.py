@@ -17,6 +17,7 @@ from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_NEXT_DELAYS
 from petals_core.net.dialer import Dialer
 from petals_core.net.tasks import BackgroundTasks
+from petals_core.next_delays import NextDelays
 from petals_core.observation import Observations
 from petals_core.swarm_key import SwarmKey
 from petals_server.trial import try_decoding
@@ -55,7 +56,7 @@ class Neighbours:
         hidden_size: int,
         rng: random.Random,
     ) -> None:
-        self.delays: tuple[tuple[bytes, float], ...] = ()
+        self.delays = NextDelays()
         """(digest of a peer id, seconds), as announcements have them."""
         self._find_servers = find_servers
         self._identity = identity
@@ -78,7 +79,7 @@ class Neighbours:
         """The server holds other blocks now."""
         self._start, self._end = start, end
         self._measured.clear()
-        self.delays = ()
+        self.delays = NextDelays()
 
     @property
     def percents(self) -> tuple[tuple[bytes, int], ...]:
@@ -110,7 +111,7 @@ class Neighbours:
         while len(self._measured) > MAX_KNOWN:
             del self._measured[max(self._measured, key=lambda peer_id: self._measured[peer_id][0])]
         shortest = sorted((delay_s, peer_id) for peer_id, (delay_s, _) in self._measured.items())
-        self.delays = tuple((peer_id.digest, delay_s) for delay_s, peer_id in shortest[:MAX_NEXT_DELAYS])
+        self.delays = NextDelays.of((peer_id.digest, delay_s) for delay_s, peer_id in shortest[:MAX_NEXT_DELAYS])
 
     async def _measure(self, servers: Sequence[SignedAnnouncement]) -> None:
         dialer = Dialer(identity=self._identity, swarm_key=self._swarm_key, connect_timeout_s=_TIMEOUT_S)

@@ -19,6 +19,7 @@ from petals_core.identity import Identity, PeerId
 from petals_core.limits import MAX_NAME_CHARS, MAX_OBSERVED
 from petals_core.net.dialer import Dialer
 from petals_core.net.listener import Listener
+from petals_core.next_delays import NextDelays
 from petals_core.wire.throttle import Throttle
 from petals_dht.directory import Directory
 from petals_dht.shards import ENOUGH_SERVERS
@@ -402,7 +403,7 @@ class Server:
             expires_at_s=expires_at_s,
             version=VERSION,
             public_name=self.config.public_name,
-            next_delays=() if self._neighbours is None else self._neighbours.delays,
+            next_delays=NextDelays() if self._neighbours is None else self._neighbours.delays,
             intent=None if intent is None else (intent.start, intent.end),
             observed=tuple(
                 (beginning, min(100, round(100 * share)))

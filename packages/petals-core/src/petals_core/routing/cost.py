@@ -25,6 +25,7 @@ NOISE_S: Final = 0.001
 FULL_CACHE_S: Final = 5.0
 """Cost of a server whose cache has no room for the session: it may have when others have ended."""
 _MAX_LOAD: Final = 100.0
+_MIN_RATE: Final = 0.01
 
 
 def estimate_cost(
@@ -52,21 +53,21 @@ def estimate_cost(
         batch_tokens: tokens of a micro-batch that passes through without a session; None: single tokens of a session.
         noise: from 0 to 1, drawn anew by every client for every server, so that equals share the load.
     """
+    # A plan weighs every server of the swarm: calls of min() and max(), and named fields, would take as long again.
     rate = announcement.inference_tokens_per_s if batch_tokens is None else announcement.forward_tokens_per_s
-    load = min(max(announcement.load or 0.0, SESSION_SHARE * (num_sessions or 0)), _MAX_LOAD)
-    num_blocks = announcement.end - announcement.start
-    span_s = (batch_tokens or 1) * (1.0 + load) / max(rate or UNKNOWN_TOKENS_PER_S, 0.01)
+    rate = rate or UNKNOWN_TOKENS_PER_S
+    if rate < _MIN_RATE:
+        rate = _MIN_RATE
+    load = announcement.load or 0.0
+    if num_sessions and load < SESSION_SHARE * num_sessions:
+        load = SESSION_SHARE * num_sessions
+    if load > _MAX_LOAD:
+        load = _MAX_LOAD
+    start, end = announcement.start, announcement.end
+    span_s = (batch_tokens or 1) * (1.0 + load) / rate
     client_s = UNKNOWN_DELAY_S if round_trip_s is None else round_trip_s / 2
     hop_s = SOFTWARE_S + penalty_s + noise * (NOISE_S + NOISE_SHARE * (client_s + span_s))
     left = announcement.cache_tokens_left if cache_tokens_left is None else cache_tokens_left
     if left is not None and left < cache_tokens:
         hop_s += FULL_CACHE_S
-    return Server(
-        peer_id=peer_id,
-        start=announcement.start,
-        end=announcement.end,
-        client_s=client_s,
-        hop_s=hop_s,
-        block_s=span_s / num_blocks,
-        next_delays=announcement.next_delays,
-    )
+    return Server(peer_id, start, end, client_s, hop_s, span_s / (end - start), announcement.next_delays)

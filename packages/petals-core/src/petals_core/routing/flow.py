@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -80,4 +79,4 @@ def _choose(servers: list[Server], start: int, end: int, max_chains: int) -> lis
 
 
 def _with_load(server: Server, load: float) -> Server:
-    return dataclasses.replace(server, block_s=server.block_s * math.exp(min(load, _MAX_LOAD))) if load else server
+    return server._replace(block_s=server.block_s * math.exp(min(load, _MAX_LOAD))) if load else server

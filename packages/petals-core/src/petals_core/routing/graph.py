@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from petals_core.identity import PeerId
+from petals_core.next_delays import NextDelays
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """A live server that holds blocks ``start:end``, and what using it costs, in seconds."""
+class Server(NamedTuple):
+    """A live server that holds blocks ``start:end``, and what using it costs, in seconds.
+
+    A tuple, because every plan makes one of each server of the swarm.
+    """
 
     peer_id: PeerId
     start: int
@@ -21,8 +25,8 @@ class Server:
     """Cost of visiting it at all, beside the delays: software, its reputation, a cache without room."""
     block_s: float
     """Cost of each block that it computes."""
-    next_delays: tuple[tuple[bytes, float], ...] = ()
-    """Few others, by the digests of their peer ids, and the one-way delays to them, as it announced them."""
+    next_delays: NextDelays = NextDelays()
+    """To few others, as it announced them."""
 
     def delay_to(self, other: Server) -> float:
         """One-way delay to the next server of a chain: what this one has measured, and never more than by the client.

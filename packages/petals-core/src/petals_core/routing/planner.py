@@ -12,16 +12,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petals_core.errors import MissingBlocksError
+from petals_core.identity import PeerId
+from petals_core.limits import MAX_BLOCKS
+from petals_core.next_delays import NextDelays
 from petals_core.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps
 
 Costs: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.int64]
+_RECORD: Final = np.dtype([("digest", "<u8", 4), ("delay_s", "<f8")])
+"""Of ``NextDelays``."""
 
 
 def plan_chain(
@@ -42,13 +47,14 @@ def plan_chain(
     """
     assert 0 <= start < end
     candidates = [server for server in servers if server.start < end and server.end > start]
-    gaps = find_gaps(((server.start, server.end) for server in candidates), start, end)
-    if gaps:
+    chain = Lattice(candidates, start, end, previous=previous, following=following).cheapest() if candidates else None
+    if chain is None:
+        gaps = find_gaps(((server.start, server.end) for server in candidates), start, end)
         raise MissingBlocksError(
             f"{describe_blocks(gaps)} of {model_name} {'is' if _is_one(gaps) else 'are'} held by no live server; "
             "wait for one, or start one: petals-server serve"
         )
-    return Lattice(candidates, start, end, previous=previous, following=following).cheapest()
+    return chain
 
 
 def cost_of(
@@ -65,30 +71,8 @@ def cost_of(
     )
 
 
-class _Pairs:
-    """Delays of pairs of servers [E], from sources to targets, in the order of targets; each server is a target."""
-
-    def __init__(self, sources: Indices, targets: Indices, delay_s: Costs, num_servers: int) -> None:
-        everyone = np.arange(num_servers)
-        targets = np.concatenate((targets, everyone))
-        order = np.argsort(targets, kind="stable")
-        self.sources = np.concatenate((sources, everyone))[order]
-        self.delay_s = np.concatenate((delay_s, np.full(num_servers, math.inf)))[order]
-        self.starts = np.searchsorted(targets[order], np.arange(num_servers + 1))
-        """Where the pairs of each target begin, and where the last one's end [S + 1]."""
-
-    def least(self, source_costs: Costs, first: int, last: int) -> Costs:
-        """What it costs to be at each of the targets ``first:last``, when coming from the best source."""
-        starts = self.starts[first : last + 1]
-        left, right = starts[0], starts[-1]
-        known = source_costs.take(self.sources[left:right])
-        known += self.delay_s[left:right]
-        least: Costs = np.minimum.reduceat(known, starts[:-1] - left)
-        return least
-
-
 class Lattice:
-    """The costs of all ways over blocks ``start:end``, as arrays."""
+    """The costs of all ways over blocks ``start:end``, as arrays. A row is a block."""
 
     def __init__(
         self,
@@ -99,138 +83,153 @@ class Lattice:
         previous: Server | None = None,
         following: Server | None = None,
     ) -> None:
-        """Each of the blocks is held by one of the ``servers`` at least, and each server holds one of the blocks."""
-        columns = np.array([(each.client_s, each.hop_s, each.block_s, each.start, each.end) for each in servers])
-        self._order = np.argsort(columns[:, 3], kind="stable")
-        """Of all arrays: those that hold a block are near each other."""
-        self._client_s, self._hop_s, self._span_block_s, first, self._ends = np.ascontiguousarray(
-            columns[self._order].T
-        )
-        servers = self._servers = [servers[number] for number in self._order.tolist()]
+        """``servers``: one at least, each of which holds one of the blocks at least."""
+        self._peer_ids, starts, ends, client_s, hop_s, block_s, next_delays = zip(*servers, strict=True)
         self._start = start
-        blocks = np.arange(start, end)
-        ended = np.searchsorted(np.maximum.accumulate(self._ends), blocks, side="right")
-        begun = np.searchsorted(first, blocks, side="right")
-        self._windows: list[tuple[int, int]] = list(zip(ended.tolist(), begun.tolist(), strict=True))
-        """For each block, the part of the servers that all of its holders are in; both ends only grow."""
-        self._entry_s = self._client_s
+        self._num_rows = end - start
+        self._first = np.maximum(np.array(starts), start) - start
+        self._last = np.minimum(np.array(ends), end) - start
+        self._client_s: Costs = np.array(client_s, dtype=np.float64)
+        self._hop_s: Costs = np.array(hop_s, dtype=np.float64)
+        self._block_s: Costs = np.array(block_s, dtype=np.float64)
+        self._entry_s = self._exit_s = self._client_s
         if previous is not None:
             self._entry_s = np.array([previous.delay_to(each) for each in servers])
-        self._exit_s = self._client_s
         if following is not None:
             self._exit_s = np.array([each.delay_to(following) for each in servers])
-        before, after, delay_s = _known_pairs(servers)
+        before, after, delay_s = _known_pairs(self._peer_ids, next_delays)
+        opened, closed = _switches(self._first, self._last, before, after)
         is_shorter = delay_s < self._client_s[before] + self._client_s[after]
-        last = self._ends
-        may_follow = np.maximum(first[before] + 1, first[after]) <= np.minimum(last[before], last[after] - 1)
-        matters = is_shorter & may_follow
+        matters = np.flatnonzero((opened < closed) & is_shorter)
         self._known = before[matters], after[matters], delay_s[matters]
-        self._pairs = _Pairs(*self._known, len(servers))
 
-    def cheapest(self) -> Chain:
-        """The chain with the lowest sum; O(B x (S + E))."""
+    def cheapest(self) -> Chain | None:
+        """The chain with the lowest sum, O(B x (S + E)); None where some block is held by nobody."""
         reached = self._reach()
-        row = len(reached) - 1
-        left, right = self._windows[row]
-        index = left + int(np.argmin(reached[row] + self._exit_s[left:right]))
+        totals = reached[-1] + self._exit_s
+        index = int(totals.argmin())
+        if math.isinf(totals[index]):
+            return None
         hops: list[Hop] = []
-        last = self._start + len(reached)
-        for row in range(len(reached) - 1, 0, -1):
-            before_left, before_right = self._windows[row - 1]
-            stay_s = reached[row - 1][index - before_left] if before_left <= index < before_right else math.inf
-            left, right = self._windows[row]
-            if reached[row][index - left] < stay_s + self._span_block_s[index]:
-                block = self._start + row
-                hops.append(Hop(peer_id=self._servers[index].peer_id, start=block, end=last))
-                last, index = block, self._cheapest_source(row - 1, reached[row - 1], index)
-        hops.append(Hop(peer_id=self._servers[index].peer_id, start=self._start, end=last))
+        last = self._num_rows
+        for row in range(self._num_rows - 1, 0, -1):
+            if reached[row, index] < reached[row - 1, index] + self._block_s[index]:
+                hops.append(self._hop(index, row, last))
+                last, index = row, self._cheapest_source(reached[row - 1], index)
+        hops.append(self._hop(index, 0, last))
         hops.reverse()
         return tuple(hops)
 
     def cheapest_through(self) -> Costs:
         """For each server, the cost of the cheapest chain in which it computes one block at least [S]."""
-        best = np.full(len(self._servers), math.inf)
-        for (left, right), reached, left_s in zip(self._windows, self._reach(), self._remain(), strict=True):
-            np.minimum(best[left:right], reached + left_s, out=best[left:right])
-        given = np.empty_like(best)
-        given[self._order] = best
-        return given
+        ways = self._reach()
+        ways += self._remain()
+        return ways.min(axis=0) - self._hop_s - self._block_s
 
-    def _reach(self) -> list[Costs]:
-        """For each block, what the cheapest way to have computed all up to it costs, on each server of its window.
+    def _hop(self, index: int, first: int, last: int) -> Hop:
+        return Hop(peer_id=self._peer_ids[index], start=self._start + first, end=self._start + last)
+
+    def _reach(self) -> Costs:
+        """What the cheapest way from the client to having computed a block on a server costs [B, S].
 
         Infinite where the server does not hold the block.
         """
-        left, right = self._windows[0]
-        rows = [self._entry_s[left:right] + self._hop_s[left:right] + self._block_s(0)]
-        reached = np.full(len(self._servers), math.inf)
-        for row in range(1, len(self._windows)):
-            reached[:left] = math.inf
-            reached[left:right] = rows[-1]
-            by_client_s = (rows[-1] + self._client_s[left:right]).min()
-            left, right = self._windows[row]
-            costs = self._client_s[left:right] + by_client_s
-            np.minimum(costs, self._pairs.least(reached, left, right), out=costs)
-            costs += self._hop_s[left:right]
-            np.minimum(costs, reached[left:right], out=costs)
-            costs += self._block_s(row)
-            rows.append(costs)
-        return rows
+        return self._sweep(self._first, self._last, self._entry_s, *self._known)
 
-    def _remain(self) -> list[Costs]:
-        """For each block, what the cheapest way from having computed it to the end costs, on each server of its window.
+    def _remain(self) -> Costs:
+        """What the cheapest way from before a block, which the server computes, to the client costs [B, S].
 
-        Means nothing where the server does not hold the block.
+        It is the way of the client to the server when all is turned around.
         """
         before, after, delay_s = self._known
-        pairs = _Pairs(after, before, delay_s, len(self._servers))
-        left, right = self._windows[-1]
-        rows = [self._exit_s[left:right]]
-        entered = np.full(len(self._servers), math.inf)
-        for row in range(len(self._windows) - 1, 0, -1):
-            next_left = left
-            stay = rows[-1] + self._block_s(row)
-            entered[right:] = math.inf
-            entered[left:right] = stay + self._hop_s[left:right]
-            by_client_s = (entered[left:right] + self._client_s[left:right]).min()
-            left, right = self._windows[row - 1]
-            costs = self._client_s[left:right] + by_client_s
-            np.minimum(costs, pairs.least(entered, left, right), out=costs)
-            lasting = costs[next_left - left :]
-            np.minimum(lasting, stay[: right - next_left], out=lasting)
-            rows.append(costs)
-        rows.reverse()
-        return rows
+        first, last = self._num_rows - self._last, self._num_rows - self._first
+        return self._sweep(first, last, self._exit_s, after, before, delay_s)[::-1]
 
-    def _block_s(self, row: int) -> Costs:
-        """The cost of a block on each server of its window; infinite where the server does not hold it."""
-        left, right = self._windows[row]
-        return np.where(self._ends[left:right] > self._start + row, self._span_block_s[left:right], math.inf)
+    def _sweep(
+        self, first: Indices, last: Indices, entry_s: Costs, sources: Indices, targets: Indices, delay_s: Costs
+    ) -> Costs:
+        """Go through the blocks, of which the servers have ``first:last``; a plan's time is spent here.
 
-    def _cheapest_source(self, row: int, reached: Costs, target: int) -> int:
+        A server is entered by the client from the best one, or from one whose delay to it is known, or was not left.
+        """
+        changes_at = np.concatenate((first, last))
+        changes, until = _order(changes_at, self._num_rows)
+        changed = changes % len(first)
+        changed_s = np.concatenate((self._block_s, np.full(len(first), math.inf)))[changes]
+
+        opened, closed = _switches(first, last, sources, targets)
+        order, right_at = _order(opened, self._num_rows)
+        left_at = np.searchsorted(
+            np.maximum.accumulate(closed[order]), np.arange(self._num_rows), side="right"
+        ).tolist()
+        sources, targets = sources[order], targets[order]
+        entry_by_known_s = delay_s[order] + self._hop_s[targets]
+        known_s = np.empty_like(entry_by_known_s)
+
+        entry_by_client_s = self._client_s + self._hop_s
+        exit_by_client_s = np.empty_like(entry_by_client_s)
+        block_s = np.full(len(first), math.inf)
+        """Of the row; infinite where the server does not hold it."""
+        reached = np.empty((self._num_rows, len(first)))
+        np.add(entry_s, self._hop_s, out=reached[0])
+        since = 0
+        for row, costs in enumerate(reached):
+            if row > 0:
+                before = reached[row - 1]
+                np.add(before, self._client_s, out=exit_by_client_s)
+                np.add(entry_by_client_s, exit_by_client_s[exit_by_client_s.argmin()], out=costs)
+                left, right = left_at[row], right_at[row]
+                known = known_s[left:right]
+                before.take(sources[left:right], out=known, mode="clip")
+                known += entry_by_known_s[left:right]
+                np.minimum.at(costs, targets[left:right], known)
+                np.minimum(costs, before, out=costs)
+            block_s[changed[since : until[row]]] = changed_s[since : until[row]]
+            since = until[row]
+            costs += block_s
+        return reached
+
+    def _cheapest_source(self, reached: Costs, target: int) -> int:
         """From where a server is best entered behind a block, with what it costs to have ``reached`` that."""
-        left, right = self._windows[row]
-        by_client = reached + self._client_s[left:right]
-        source = left + int(np.argmin(by_client))
-        cost_s = float(by_client[source - left] + self._client_s[target])
-        first, last = self._pairs.starts[target : target + 2].tolist()
-        for other, delay_s in zip(
-            self._pairs.sources[first:last].tolist(), self._pairs.delay_s[first:last].tolist(), strict=True
-        ):
-            if left <= other < right and reached[other - left] + delay_s < cost_s:
-                source, cost_s = other, float(reached[other - left] + delay_s)
+        by_client_s = reached + self._client_s
+        source = int(by_client_s.argmin())
+        before, after, delay_s = self._known
+        to_target = np.flatnonzero(after == target)
+        if len(to_target):
+            known_s = reached[before[to_target]] + delay_s[to_target]
+            best = int(known_s.argmin())
+            if known_s[best] < by_client_s[source] + self._client_s[target]:
+                return int(before[to_target[best]])
         return source
 
 
-def _known_pairs(servers: Sequence[Server]) -> tuple[Indices, Indices, Costs]:
+def _switches(first: Indices, last: Indices, sources: Indices, targets: Indices) -> tuple[Indices, Indices]:
+    """First row at which a target may follow its source, each with one block at least, and one past the last [E]."""
+    return np.maximum(first[sources] + 1, first[targets]), np.minimum(last[sources] + 1, last[targets])
+
+
+def _order(rows: Indices, num_rows: int) -> tuple[Indices, list[int]]:
+    """As ``np.argsort``, equals in their order; and how many are in each row and those before it [B].
+
+    Small integers are sorted several times as fast, by their digits.
+    """
+    assert np.iinfo(np.int16).max > MAX_BLOCKS
+    order = np.argsort(rows.astype(np.int16), kind="stable")
+    return order, np.searchsorted(rows[order], np.arange(num_rows), side="right").tolist()
+
+
+def _known_pairs(peer_ids: Sequence[PeerId], next_delays: Sequence[NextDelays]) -> tuple[Indices, Indices, Costs]:
     """Sources, targets and delays of the pairs [E] of which the first has measured the delay to the second."""
-    numbers = {server.peer_id.digest: number for number, server in enumerate(servers)}
-    before = np.repeat(np.arange(len(servers)), [len(server.next_delays) for server in servers])
-    known = list(itertools.chain.from_iterable(server.next_delays for server in servers))
-    after = np.array([numbers.get(digest, -1) for digest, _ in known], dtype=np.int64)
-    delay_s = np.array([delay_s for _, delay_s in known], dtype=np.float64)
-    is_known = (after >= 0) & (before != after)
-    return before[is_known], after[is_known], delay_s[is_known]
+    digests = np.frombuffer(b"".join([peer_id.digest for peer_id in peer_ids]), dtype=("<u8", 4))
+    known = np.frombuffer(b"".join([each.packed for each in next_delays]), dtype=_RECORD)
+    lengths = np.array([len(each.packed) for each in next_delays]) // _RECORD.itemsize
+    before = np.repeat(np.arange(len(lengths)), lengths)
+    # Digests are looked for by their first eight bytes. Who makes two servers with the same ones hurts only these.
+    order = np.argsort(digests[:, 0])
+    places = np.searchsorted(digests[order, 0], known["digest"][:, 0])
+    after = order[np.minimum(places, len(order) - 1)]
+    is_known = (digests[after] == known["digest"]).all(axis=1) & (before != after)
+    return before[is_known], after[is_known], known["delay_s"][is_known]
 
 
 def _is_one(gaps: list[tuple[int, int]]) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from petals_core.addresses import Address
 from petals_core.announcement import DTYPES, QUANTIZATIONS, STATES, Announcement
 from petals_core.limits import MAX_ANNOUNCEMENT_LIFETIME_S, MAX_BLOCKS, WireLimits
+from petals_core.next_delays import NextDelays
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
     GRAPH_ID_BYTES,
@@ -193,7 +194,7 @@ def announcements(draw: st.DrawFn, now_s: float = 1.8e9) -> Announcement:
         load=draw(st.none() | st.floats(0, 1e6)),
         version=draw(printable(32)),
         public_name=draw(printable(128)),
-        next_delays=tuple(draw(st.lists(delays, max_size=2))),
+        next_delays=NextDelays.of(draw(st.lists(delays, max_size=2))),
     )
 
 
