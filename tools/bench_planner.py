@@ -2,10 +2,11 @@
 
 Draws servers at random places of a plane (up to 100 ms from end to end), with random spans and speeds, each of which
 announces the delays to the eight nearest of those that may come next; the client sits in the middle. Prints the median
-and the 90th percentile of planning a chain, and of that with the weighing of all announcements before it, for short,
-middling and long spans; the same for dividing a batch among chains; and what the announced delays are worth: the true
-time of a step through the chosen chain, against that of a chain chosen without them. Nothing is cached between the
-plans. At the end it prints how 60 clients share three equal servers.
+and the 90th percentile of planning a chain, from the client to itself or between two servers, and of that with the
+weighing of all announcements before it, for short, middling and long spans; the same for dividing a batch among
+chains; and what the announced delays are worth: the true time of a step through the chosen chain, against that of a
+chain chosen without them. Nothing is cached between the plans. At the end it prints how 60 clients share three equal
+servers.
 """
 
 from __future__ import annotations
@@ -160,11 +161,15 @@ def run(options: argparse.Namespace) -> None:
         def plan_weighed(servers: Sequence[Server] = servers) -> Chain:
             return plan_chain(servers, 0, end, model_name="model")
 
+        def plan_between(servers: Sequence[Server] = servers) -> Chain:
+            return plan_chain(servers, 0, end, model_name="model", previous=servers[0], following=servers[1])
+
         blind = [replace(each, announcement=replace(each.announcement, next_delays=NextDelays())) for each in places]
         known_ms = 1000 * statistics.median(step_s(plan(), places) for _ in range(5))
         blind_ms = 1000 * statistics.median(step_s(plan(blind), places) for _ in range(5))
         print(f"spans of {shape[0]} to {shape[1]} blocks: a chain of {len(plan())} servers")
         print(f"  planning a chain                {measure(plan_weighed, options.repeats)}")
+        print(f"  the same between two servers    {measure(plan_between, options.repeats)}")
         print(f"  weighing and planning a chain   {measure(plan, options.repeats)}")
         print(f"  dividing a batch among chains   {measure(split, options.repeats)}")
         print(f"  a step through the chain        {known_ms:.0f} ms; {blind_ms:.0f} ms if no delays are announced")

@@ -22,7 +22,22 @@ def test_what_was_packed_is_read_back(given_pairs: list[tuple[bytes, float]]) ->
     assert delays == NextDelays.of(given_pairs)
 
 
+@given(pairs)
+def test_the_first_delay_to_a_peer_is_found(given_pairs: list[tuple[bytes, float]]) -> None:
+    delays = NextDelays.of(given_pairs)
+    for digest, delay_s in dict(reversed(given_pairs)).items():
+        assert delays.get(digest) == delay_s
+
+
+def test_a_digest_across_two_records_is_not_found() -> None:
+    delays = NextDelays.of([(bytes(range(32)), 0.0), (bytes(range(32, 64)), 1.0), (b"\x07" * 32, 2.0)])
+    assert delays.get(delays.packed[20:52]) is None
+    hidden = NextDelays.of([*delays, (delays.packed[20:52], 3.0)])
+    assert hidden.get(delays.packed[20:52]) == 3.0
+
+
 def test_none() -> None:
+    assert NextDelays().get(bytes(32)) is None
     assert list(NextDelays()) == []
     assert NextDelays() == NextDelays.of([])
 

@@ -26,6 +26,13 @@ class NextDelays:
         """Pack pairs; digests have 32 bytes."""
         return cls(b"".join(_RECORD.pack(digest, delay_s) for digest, delay_s in pairs))
 
+    def get(self, digest: bytes) -> float | None:
+        """The delay to a peer, the first one if there are several; None: there is none."""
+        place = self.packed.find(digest)
+        while place > 0 and place % _RECORD.size:  # as parts of two records
+            place = self.packed.find(digest, place + 1)
+        return None if place < 0 else _RECORD.unpack_from(self.packed, place)[1]
+
     def __len__(self) -> int:
         return len(self.packed) // _RECORD.size
 

@@ -41,7 +41,7 @@ class Server(NamedTuple):
 
     def measured_delay_to(self, other: Server) -> float | None:
         """The delay that it announced to another one; None: it announced none."""
-        return next((delay_s for digest, delay_s in self.next_delays if digest == other.peer_id.digest), None)
+        return self.next_delays.get(other.peer_id.digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from petals_core.errors import MissingBlocksError
 from petals_core.identity import PeerId
-from petals_core.limits import MAX_BLOCKS
 from petals_core.next_delays import NextDelays
 from petals_core.routing.graph import Chain, Hop, Server, describe_blocks, find_gaps
 
@@ -105,11 +104,12 @@ class Lattice:
 
     def cheapest(self) -> Chain | None:
         """The chain with the lowest sum, O(B x (S + E)); None where some block is held by nobody."""
-        reached = self._reach()
-        totals = reached[-1] + self._exit_s
-        index = int(totals.argmin())
-        if math.isinf(totals[index]):
+        rows = self._num_rows + 1
+        num_begun, num_ended = np.bincount(self._first, minlength=rows), np.bincount(self._last, minlength=rows)
+        if not np.cumsum(num_begun - num_ended)[:-1].all():
             return None
+        reached = self._reach()
+        index = int((reached[-1] + self._exit_s).argmin())
         hops: list[Hop] = []
         last = self._num_rows
         for row in range(self._num_rows - 1, 0, -1):
@@ -213,7 +213,7 @@ def _order(rows: Indices, num_rows: int) -> tuple[Indices, list[int]]:
 
     Small integers are sorted several times as fast, by their digits.
     """
-    assert np.iinfo(np.int16).max > MAX_BLOCKS
+    assert num_rows <= np.iinfo(np.int16).max
     order = np.argsort(rows.astype(np.int16), kind="stable")
     return order, np.searchsorted(rows[order], np.arange(num_rows), side="right").tolist()
 
@@ -224,8 +224,8 @@ def _known_pairs(peer_ids: Sequence[PeerId], next_delays: Sequence[NextDelays]) 
     known = np.frombuffer(b"".join([each.packed for each in next_delays]), dtype=_RECORD)
     lengths = np.array([len(each.packed) for each in next_delays]) // _RECORD.itemsize
     before = np.repeat(np.arange(len(lengths)), lengths)
-    # Digests are looked for by their first eight bytes. Who makes two servers with the same ones hurts only these.
-    order = np.argsort(digests[:, 0])
+    # Digests are looked for by their first eight bytes: to make a server with those of another takes 2**64 tries.
+    order = np.argsort(digests[:, 0], kind="stable")
     places = np.searchsorted(digests[order, 0], known["digest"][:, 0])
     after = order[np.minimum(places, len(order) - 1)]
     is_known = (digests[after] == known["digest"]).all(axis=1) & (before != after)
