@@ -99,8 +99,9 @@ def test_several_chains_share_a_batch(new_swarm: Any, folder: Path, span: Span, 
     swarm = new_swarm()
     for start, end in (*SPANS, (0, 3), (3, 6)):
         swarm.add(folder, start, end)
-    rows = rows_of(*(8,) * 48)
-    # Little may be under way, so that each takes several turns.
+    rows = rows_of(*(8,) * 96)
+    # More than two parts for each server of however many chains, or the ring would not pay; little may be under way,
+    # so that each takes several turns.
     outputs, was_around = compute(connect(swarm, micro_batch_tokens=16, max_tokens_in_flight=64), rows)
     assert was_around
     assert_same(outputs, rows, span)
