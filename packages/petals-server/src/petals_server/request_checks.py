@@ -1,13 +1,16 @@
-"""Whether the hidden states of a client's request are what the request, the session and the model say they are."""
+"""Whether a client's request is what the session, the model and the server's limits let it be."""
 
 from __future__ import annotations
 
 from petals_core.announcement import DTYPES
 from petals_core.errors import InvalidRequestError, ProtocolError, SessionLengthError
 from petals_core.tensors.codec import TensorSpec
-from petals_core.wire.messages import Forward, Message, Step
+from petals_core.wire.messages import Backward, Forward, Message, Step
+from petals_server.config import ServerLimits
 from petals_server.execution.session import SessionState
 from petals_server.execution.states import PackedStates
+from petals_server.loading import ServedModel
+from petals_server.positions import check_positions
 
 
 def check_step(step: Step, message: Message, session: SessionState) -> PackedStates:
@@ -66,3 +69,25 @@ def check_states(request: Step | Forward, message: Message, hidden_size: int) ->
     ):
         raise InvalidRequestError("position_runs do not give one position to each token of each row")
     return PackedStates(spec=spec, payload=payload, row_tokens=request.row_tokens, position_runs=runs)
+
+
+def check_size(request: Forward | Backward, model: ServedModel, limits: ServerLimits) -> None:
+    """See whether a request without a session is not too large for the server or the model.
+
+    Raises:
+        InvalidRequestError: it is.
+        SessionLengthError: it needs positions that the model does not have.
+    """
+    row_tokens = request.row_tokens
+    check_positions(row_tokens, request.position_runs, model.max_positions)
+    num_tokens = sum(row_tokens)
+    if num_tokens > limits.max_forward_tokens:
+        raise InvalidRequestError(
+            f"a request of {num_tokens} tokens is over the {limits.max_forward_tokens} that this server takes at once: "
+            "send the rows in several requests"
+        )
+    if max(row_tokens) ** 2 > model.max_scores:
+        raise InvalidRequestError(
+            f"there is no memory for the attention of a row of {max(row_tokens)} tokens in one go: send shorter rows, "
+            "or open a session"
+        )

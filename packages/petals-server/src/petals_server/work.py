@@ -79,6 +79,11 @@ class Work(Request, Generic[T]):
         """What came of it, once it is computed; in the event loop or a thread of the engine's."""
 
 
+def microseconds(seconds: float) -> int:
+    """A time as replies carry it."""
+    return max(0, round(seconds * 1e6))
+
+
 @final
 class Call(Work[T]):
     """A function that is to run in the device's thread."""
