@@ -144,6 +144,15 @@ def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:
     assert 0.8 / 0.1 <= window.limit <= 2 * 0.8 / 0.1 + 1
 
 
+@pytest.mark.parametrize(("size", "least"), [(32, 3 * 8), (64, 3 * 4), (512, 3)])
+def test_servers_that_are_slow_have_parts_to_join(size: int, least: int) -> None:
+    window = FlightWindow(3)
+    for number in range(30):
+        window.sent()
+        window.done(num_tokens=size, trip_s=0.1, now_s=0.1 * number)
+    assert window.limit == least + 2
+
+
 def test_results_that_come_together_do_not_look_like_a_fast_chain() -> None:
     """Two parts in a millisecond and then none for as long as two take: the rate is that of both."""
     window = FlightWindow(3)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petals_core.steps import StepHistory, StepRequest, merge, straighten
+from petals_core.steps import StepHistory, StepRequest, continues, merge, straighten
 
 R = 2
 State = tuple[tuple[int, ...], ...]
@@ -142,3 +145,23 @@ def test_no_budget() -> None:
     history = StepHistory[State](0)
     history.append(0, StepRequest(keep=0, row_tokens=(1, 1)), ((0,), (0,)), 1)
     assert not history.is_complete
+
+
+@pytest.mark.parametrize(
+    ("step", "does"),
+    [
+        ({}, True),
+        ({"row_tokens": (1, 1)}, True),
+        ({"row_tokens": (2, 1)}, False),
+        ({"row_tokens": (2, 2, 2)}, False),
+        ({"keep": 4}, False),
+        ({"keep": 6}, False),
+        ({"row_order": (0, 1)}, False),
+        ({"position_runs": (((5, 2),), ((5, 2),))}, False),
+    ],
+)
+def test_what_amounts_to_one_step(step: dict[str, Any], does: bool) -> None:
+    before = StepRequest(keep=2, row_tokens=(3, 1))
+    after = StepRequest(**{"keep": 5, "row_tokens": (2, 2), **step})
+    assert continues(after, before) is does
+    assert not continues(after, replace(before, position_runs=(((2, 3),), ((2, 1),))))

@@ -69,7 +69,8 @@ def test_a_forward_may_be_cut_anywhere(span: Span, turns: list[int]) -> None:
     states = torch.randn(sum(ROWS), 64, generator=torch.Generator().manual_seed(0))
     spec, payload = encoded(states)
     packed = PackedStates(spec=spec, payload=payload, row_tokens=ROWS, position_runs=None)
-    output = decoded(compute(ForwardWork(span, THREADS, packed, **OPTIONS), turns))
+    (result,) = compute(ForwardWork(span, THREADS, packed, **OPTIONS), turns)
+    output = decoded(result)
     with torch.inference_mode():
         expected = torch.cat([span(row[None])[0] for row in states.split(ROWS)])
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)

@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from petals_core.steps import MAX_JOINED_TOKENS
+
 MIN_PART_TOKENS = 32
 MAX_PART_TOKENS = 512
 _PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE = 2, 4
@@ -154,12 +156,13 @@ def _round_up(num_tokens: float) -> int:
 class FlightWindow:
     """Parts that may be under way: what the chain holds at its rate and delay, so that nothing waits in vain.
 
+    And no fewer than servers compute at once: where they are slower than the links, parts that wait are joined.
     The rate is that of the results; the delay the shortest trip of a part of the largest size, because every link takes
     a part whole before the next server begins with it.
     """
 
     def __init__(self, num_hops: int) -> None:
-        self._floor = num_hops + 2
+        self._num_hops = num_hops
         self.limit = _FIRST_PARTS_PER_STAGE * (2 * num_hops + 1)
         self.num_in_flight = 0
         self._largest = 0
@@ -189,5 +192,6 @@ class FlightWindow:
                 self._token_s = token_s
             self._token_s += (token_s - self._token_s) * _WEIGHT
             full = self._least_trip_s / max(self._token_s, 1e-6) / self._largest
-            self.limit = min(_MAX_IN_FLIGHT, max(self._floor, math.ceil(_GAIN * full)))
+            at_once = self._num_hops * max(1, MAX_JOINED_TOKENS // max(MIN_PART_TOKENS, self._largest)) + 2
+            self.limit = min(_MAX_IN_FLIGHT, max(at_once, math.ceil(_GAIN * full)))
         self._last_s = now_s

@@ -7,12 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 PositionRuns = tuple[tuple[tuple[int, int], ...], ...]
 RowOrder = tuple[int, ...]
+MAX_JOINED_TOKENS: Final = 256
+"""Of steps of a session that a server computes at once, because they came while it computed others. Few rows are slow
+to multiply (``tools/bench_parts.py``), but what is computed at once comes to the next server at once."""
 S = TypeVar("S")
 """Hidden states in any form."""
+
+
+class Appending(Protocol):
+    """What a step does, however it is described."""
+
+    @property
+    def keep(self) -> int: ...
+    @property
+    def row_tokens(self) -> tuple[int, ...]: ...
+    @property
+    def row_order(self) -> RowOrder | None: ...
+    @property
+    def position_runs(self) -> PositionRuns | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +161,27 @@ def straighten(
     return straight
 
 
+def continues(step: Appending, before: Appending) -> bool:
+    """Whether two steps, one after the other, amount to one.
+
+    The second keeps all of the first, in the same order of rows, has a token in each of its columns, and positions go
+    on; then each row's tokens stand beside each other, as those of one step do.
+    """
+    return (
+        step.keep == before.keep + max(before.row_tokens)
+        and len(step.row_tokens) == len(before.row_tokens)
+        and min(step.row_tokens) == max(step.row_tokens)
+        and step.row_order is None
+        and step.position_runs is None
+        and before.position_runs is None
+    )
+
+
+def join_row_tokens(row_tokens: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """New tokens of each row of the step that several amount to."""
+    return tuple(map(sum, zip(*row_tokens, strict=True)))
+
+
 def merge(
     steps: Iterable[tuple[int, StepRequest, S]],
     join: Callable[[list[tuple[tuple[int, ...], S]]], S],
@@ -152,9 +189,7 @@ def merge(
 ) -> list[tuple[int, StepRequest, S]]:
     """Put steps together that amount to one, so that a session of many single tokens is rebuilt in a few steps.
 
-    A step continues the one before it where it keeps all of it, in the same order of rows, has a token in each of its
-    columns, and positions that go on; then each row's tokens stand beside each other, as those of one step do. ``join``
-    makes one packed batch of several, given as (row_tokens, states). The number is that of the last one.
+    ``join`` makes one packed batch of several, given as (row_tokens, states). The number is that of the last one.
     """
     merged: list[tuple[int, StepRequest, S]] = []
     group: list[tuple[int, StepRequest, S]] = []
@@ -164,7 +199,7 @@ def merge(
             return
         number, first, states = group[-1][0], group[0][1], group[0][2]
         if len(group) > 1:
-            counts = tuple(map(sum, zip(*(request.row_tokens for _, request, _ in group), strict=True)))
+            counts = join_row_tokens(request.row_tokens for _, request, _ in group)
             states = join([(request.row_tokens, each) for _, request, each in group])
             first = replace(first, row_tokens=counts)
         merged.append((number, first, states))
@@ -174,16 +209,7 @@ def merge(
     for step in steps:
         request = step[1]
         num_new = sum(request.row_tokens)
-        fits = (
-            bool(group)
-            and request.keep == group[-1][1].end
-            and request.row_order is None
-            and request.position_runs is None
-            and group[0][1].position_runs is None
-            and min(request.row_tokens) == max(request.row_tokens)
-            and num_tokens + num_new <= max_tokens
-        )
-        if not fits:
+        if not (group and continues(request, group[-1][1]) and num_tokens + num_new <= max_tokens):
             finish()
             num_tokens = 0
         group.append(step)

@@ -152,7 +152,7 @@ class RequestHandler:
         arrived_s = time.monotonic()
         span = await self._spans.find(request.fingerprint, request.start, request.end)
         check_size(request, self.model, self._limits)
-        work: Work[EncodedStates] = ForwardWork(
+        work: Work[tuple[EncodedStates, ...]] = ForwardWork(
             span,
             self.model.threads,
             check_states(request, message, span.hidden_size),
@@ -160,7 +160,7 @@ class RequestHandler:
             max_turn_tokens=self._max_turn_tokens,
             peer_id=stream.peer_id,
         )
-        result = await self._engine.compute(work)
+        (result,) = await self._engine.compute(work)
         self._note(stream.peer_id, request, span)
         await stream.send(
             ForwardResult(

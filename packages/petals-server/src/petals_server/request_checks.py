@@ -13,8 +13,8 @@ from petals_server.loading import ServedModel
 from petals_server.positions import check_positions
 
 
-def check_step(step: Step, message: Message, session: SessionState) -> PackedStates:
-    """The states of a step that fits its session.
+def check_step(step: Step, session: SessionState) -> None:
+    """See whether a step fits its session.
 
     Raises:
         SessionLengthError: the session would become longer than its ``max_length``.
@@ -33,7 +33,6 @@ def check_step(step: Step, message: Message, session: SessionState) -> PackedSta
     order = step.row_order
     if order is not None and (len(order) != ledger.num_rows or max(order) >= ledger.num_rows):
         raise InvalidRequestError(f"row_order does not name a row for each of the session's {ledger.num_rows}")
-    return check_states(step, message, session.span.hidden_size)
 
 
 def check_states(request: Step | Forward, message: Message, hidden_size: int) -> PackedStates:

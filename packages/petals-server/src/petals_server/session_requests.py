@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from petals_core.errors import CacheLostError, InvalidRequestError, PetalsError
 from petals_core.models.span import Span
 from petals_core.net.stream import Stream
+from petals_core.steps import MAX_JOINED_TOKENS, join_row_tokens
 from petals_core.tensors.states import States
 from petals_core.wire.messages import Forward, Message, OpenSession, SessionOpened, Step, graph_id_of
 from petals_server.comfort.ledger import ServedLedger
@@ -18,12 +21,12 @@ from petals_server.execution.lone import LoneSession, LoneStepWork
 from petals_server.execution.next_token import NextToken
 from petals_server.execution.probe import Form
 from petals_server.execution.session import SessionState
-from petals_server.execution.states import EncodedStates, PackedStates
+from petals_server.execution.states import EncodedStates, InputStates, JoinedStates
 from petals_server.execution.steps import StepWork
 from petals_server.loading import ServedModel
 from petals_server.positions import check_positions
-from petals_server.request_checks import check_size, check_step
-from petals_server.ring.session import RingSession
+from petals_server.request_checks import check_size, check_states, check_step
+from petals_server.ring.session import Received, RingSession
 from petals_server.ring.table import RingTable
 from petals_server.sessions import Reservation, SessionTable
 from petals_server.spans import ServedSpans
@@ -90,12 +93,15 @@ class SessionRequests:
             reservation.on_evicted = functools.partial(self._engine.close_session, session, session.close)
             next_token = self._next_token(session)
 
-            async def handle(place: RingSession, step: Step, message: Message, arrived_s: float) -> None:
+            async def handle(place: RingSession, steps: Sequence[Received]) -> None:
                 try:
-                    if next_token is None or not await self._serve_token(
-                        place, next_token, reservation, step, message, arrived_s
-                    ):
-                        await self._serve_step(place, session, reservation, step, message, arrived_s)
+                    is_served = (
+                        next_token is not None
+                        and len(steps) == 1
+                        and await self._serve_token(place, next_token, reservation, steps[0])
+                    )
+                    if not is_served:
+                        await self._serve_steps(place, session, reservation, steps)
                 except PetalsError as error:
                     # A step that was refused before it began has changed nothing, so the session goes on.
                     if session.is_broken or isinstance(error, CacheLostError):
@@ -104,7 +110,7 @@ class SessionRequests:
 
             with self._ring.opened(request.session_id, stream) as place:
                 await stream.send(SessionOpened(cache_tokens_left=self._sessions.cache_tokens_left))
-                await place.run(handle, max_idle_s=self._limits.max_idle_s)
+                await place.run(handle, max_idle_s=self._limits.max_idle_s, max_joined_tokens=MAX_JOINED_TOKENS)
         finally:
             if session is not None:
                 self._engine.close_session(session, session.close)
@@ -116,7 +122,9 @@ class SessionRequests:
             raise InvalidRequestError("sessions whose graphs are kept take no deep prompts: send forwards")
         reservation = await self._sessions.open(stream.peer_id, num_rows=1, max_length=1, deadline_s=deadline_s)
 
-        async def handle(place: RingSession, step: Step, message: Message, arrived_s: float) -> None:
+        async def handle(place: RingSession, steps: Sequence[Received]) -> None:
+            (received,) = steps
+            step = received.step
             forward = Forward(
                 fingerprint=request.fingerprint,
                 start=request.start,
@@ -130,13 +138,15 @@ class SessionRequests:
                 tuning=request.tuning,
             )
             check_size(forward, self._model, self._limits)
-            work, results, _ = await self._training.forward(stream.peer_id, forward, message, span, arrived_s=arrived_s)
+            work, results, _ = await self._training.forward(
+                stream.peer_id, forward, received.message, span, arrived_s=received.arrived_s
+            )
             await place.deliver(
                 step,
                 States(spec=results[0].spec, payload=results[0].buffers),
                 queue_us=microseconds(work.queue_s),
                 compute_us=microseconds(work.compute_s),
-                deadline_s=arrived_s + step.deadline_ms / 1000,
+                deadline_s=received.deadline_s,
             )
             self._served.note(stream.peer_id, num_tokens=sum(step.row_tokens), num_blocks=span.num_blocks)
 
@@ -150,16 +160,10 @@ class SessionRequests:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     async def _serve_token(
-        self,
-        place: RingSession,
-        token: NextToken,
-        reservation: Reservation,
-        step: Step,
-        message: Message,
-        arrived_s: float,
+        self, place: RingSession, token: NextToken, reservation: Reservation, received: Received
     ) -> bool:
         """Serve a session's next token the short way; False: it is a step that has to go the general one."""
-        payload = message.received_payload
+        step, payload = received.step, received.message.received_payload
         num_tokens = self._sessions.count_tokens(1, step.keep + 1)
         if not self._sessions.holds(reservation, num_tokens) or not token.fits(step, payload):
             return False
@@ -172,36 +176,35 @@ class SessionRequests:
             await place.deliver(
                 step,
                 output,
-                queue_us=microseconds(started_s - arrived_s),
+                queue_us=microseconds(started_s - received.arrived_s),
                 compute_us=microseconds(ended_s - started_s),
-                deadline_s=arrived_s + step.deadline_ms / 1000,
+                deadline_s=received.deadline_s,
             )
         finally:
             self._engine.note_here(token.session, reservation.peer_id, started_s=started_s, ended_s=ended_s)
         self._note(reservation, step, token.session)
         return True
 
-    async def _serve_step(
-        self,
-        place: RingSession,
-        session: SessionState,
-        reservation: Reservation,
-        step: Step,
-        message: Message,
-        arrived_s: float,
+    async def _serve_steps(
+        self, place: RingSession, session: SessionState, reservation: Reservation, steps: Sequence[Received]
     ) -> None:
+        """Serve a step, or compute several at once of which each continues the one before it."""
+        step = steps[0].step
+        if len(steps) > 1:
+            step = replace(step, row_tokens=join_row_tokens(each.step.row_tokens for each in steps))
+        check_step(step, session)
+        packed = [check_states(each.step, each.message, session.span.hidden_size) for each in steps]
         row_order = step.row_order if step.step > place.applied else None  # rows change places once
-        states = check_step(step, message, session)
         if self._model.max_positions is not None:
             lengths = session.ledger.count_within(step.keep)
             if row_order is not None:
                 lengths = [lengths[row] for row in row_order]
             check_positions(step.row_tokens, step.position_runs, self._model.max_positions, row_lengths=lengths)
         num_columns = step.keep + max(step.row_tokens)
-        deadline_s = arrived_s + step.deadline_ms / 1000
+        deadline_s = min(each.deadline_s for each in steps)
         work = self._step_work(
             session,
-            states,
+            packed[0] if len(packed) == 1 else JoinedStates(tuple(packed)),
             keep=step.keep,
             row_order=row_order,
             deadline_s=deadline_s,
@@ -212,19 +215,21 @@ class SessionRequests:
         num_tokens = self._sessions.count_tokens(num_rows, num_columns)
         await self._sessions.grow(reservation, num_tokens, deadline_s=deadline_s)
         try:
-            result = await self._engine.compute(work)
+            results = await self._engine.compute(work)
         finally:
             self._sessions.settle(reservation, self._sessions.count_tokens(num_rows, session.ledger.num_columns))
-        await place.deliver(
-            step,
-            States(spec=result.spec, payload=result.buffers),
-            queue_us=microseconds(work.queue_s),
-            compute_us=microseconds(work.compute_s),
-            deadline_s=deadline_s,
-        )
-        self._note(reservation, step, session)
+        token_s = work.compute_s / max(1, work.num_tokens)
+        for each, result in zip(steps, results, strict=True):
+            await place.deliver(
+                each.step,
+                States(spec=result.spec, payload=result.buffers),
+                queue_us=microseconds(work.queue_s),
+                compute_us=microseconds(token_s * sum(each.step.row_tokens)),
+                deadline_s=each.deadline_s,
+            )
+            self._note(reservation, each.step, session)
 
-    def _step_work(self, session: SessionState, states: PackedStates, **options: Any) -> Work[EncodedStates]:
+    def _step_work(self, session: SessionState, states: InputStates, **options: Any) -> Work[tuple[EncodedStates, ...]]:
         if isinstance(session, LoneSession):
             return LoneStepWork(session, self._model.threads, states, **options)
         return StepWork(session, self._spans.runner(session.span), states, **options)

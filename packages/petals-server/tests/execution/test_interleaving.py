@@ -172,7 +172,7 @@ class Server:
     def check(self, client: Client) -> None:
         work, client.work = client.work, None
         assert work is not None
-        result = work.result()
+        (result,) = work.result()
         output = decode(result.spec, memoryview(b"".join(result.buffers)))
         start = 0
         for row, new in zip(client.rows, client.sent, strict=True):

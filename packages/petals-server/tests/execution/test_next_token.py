@@ -22,7 +22,7 @@ from petals_server.execution.next_token import NextToken
 from petals_server.execution.probe import Form, find_layout
 from petals_server.execution.session import SessionState
 from petals_server.execution.steps import StepRunner, StepWork
-from petals_server.request_checks import check_step
+from petals_server.request_checks import check_states, check_step
 from petals_server.scheduling.plan import Part
 from petals_server.testing import Session, random_states, served
 from petals_server.threads import ThreadPlan
@@ -61,7 +61,8 @@ class Bench:
     def compute(self, session: SessionState, keep: int, states: torch.Tensor, **changes: Any) -> torch.Tensor:
         """A step by the general way."""
         step, payload = self.step(keep, states, **changes)
-        packed = check_step(step, Message(step, (payload,)), session)
+        check_step(step, session)
+        packed = check_states(step, Message(step, (payload,)), self.span.hidden_size)
         work = StepWork(
             session, self.runner, packed, keep=keep, row_order=step.row_order, deadline_s=1e9, max_turn_tokens=100
         )
@@ -71,7 +72,7 @@ class Bench:
         work.advance_together([Part(request=work, num_tokens=len(states), rows=take.rows, copies=take.copies)])
         work.num_done = len(states)
         work.passed(take.rows)
-        result = work.result()
+        (result,) = work.result()
         return tensor(States(spec=result.spec, payload=result.buffers)).clone()
 
 

@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 from petals_core.identity import PeerId
 from petals_core.models.span import Span
 from petals_server.columns import Chunk, spread, take_rows
-from petals_server.execution.states import EncodedStates, PackedStates, as_mask, default_positions
+from petals_server.execution.states import EncodedStates, InputStates, PackedStates, as_mask, default_positions
 from petals_server.scheduling.request import Urgency
 from petals_server.threads import ThreadPlan
 from petals_server.work import Work
 
 
-class StatesWork(Work[EncodedStates]):
+class StatesWork(Work[tuple[EncodedStates, ...]]):
     """Packed states in, chunks through the span as padded batches, packed states out; one request at a time."""
 
     def __init__(
         self,
         span: Span,
         threads: ThreadPlan,
-        states: PackedStates,
+        states: InputStates,
         *,
         urgency: Urgency,
         deadline_s: float,
@@ -100,7 +100,7 @@ class StatesWork(Work[EncodedStates]):
         """Bring what is complete back from the device."""
         self.output_TH = (self.input_TH if self.output_TH is None else self.output_TH).cpu()
 
-    def result(self) -> EncodedStates:
+    def result(self) -> tuple[EncodedStates, ...]:
         assert self.output_TH is not None
         return self.states.encode(self.output_TH)
 

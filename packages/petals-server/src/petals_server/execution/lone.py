@@ -25,7 +25,7 @@ from petals_server.columns import Chunk, split_columns
 from petals_server.deep_prompts import SessionPrompts
 from petals_server.execution.forward import StatesWork
 from petals_server.execution.session import SessionState
-from petals_server.execution.states import PackedStates, as_mask, default_positions
+from petals_server.execution.states import InputStates, as_mask, default_positions
 from petals_server.recurrence import Input, RecurrentPast, States
 from petals_server.scheduling.plan import Take
 from petals_server.scheduling.request import MAX_DECODE_COLUMNS, Urgency
@@ -138,13 +138,13 @@ class LoneSession(SessionState):
 
 @final
 class LoneStepWork(StatesWork):
-    """A session's next step, alone on the device."""
+    """A session's next step, or several that amount to one, alone on the device."""
 
     def __init__(
         self,
         session: LoneSession,
         threads: ThreadPlan,
-        states: PackedStates,
+        states: InputStates,
         *,
         keep: int,
         row_order: tuple[int, ...] | None,

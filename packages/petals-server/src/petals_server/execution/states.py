@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from petals_core.steps import join_row_tokens
 from petals_core.tensors.codec import Encoding, TensorSpec, decode, encode
 from petals_server.columns import PositionRuns, expand_positions
 
@@ -46,13 +47,60 @@ class PackedStates:
             return None
         return np.concatenate([expand_positions(runs) for runs in self.position_runs])
 
-    def encode(self, output_TH: torch.Tensor) -> EncodedStates:
+    def encode(self, output_TH: torch.Tensor) -> tuple[EncodedStates]:
         """An answer in the dtype and encoding of the request; the connection compresses it where that pays."""
         asked = self.spec
         if output_TH.dtype != (dtype := getattr(torch, asked.dtype)):
             output_TH = output_TH.to(dtype)
         spec, buffers = encode(output_TH, encoding=None if asked.encoding == asked.dtype else Encoding(asked.encoding))
-        return EncodedStates(spec=spec, buffers=buffers)
+        return (EncodedStates(spec=spec, buffers=buffers),)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedStates:
+    """Hidden states [T, H] of several steps, of which each continues the one before it (``petals_core.steps``), as
+    those of one step."""
+
+    parts: tuple[PackedStates, ...]
+
+    @property
+    def row_tokens(self) -> tuple[int, ...]:
+        return join_row_tokens(part.row_tokens for part in self.parts)
+
+    @property
+    def position_runs(self) -> None:
+        """Positions go on from step to step."""
+        return
+
+    @property
+    def is_heavy(self) -> bool:
+        """See ``PackedStates``."""
+        return (
+            any(part.is_heavy for part in self.parts) or sum(part.spec.num_bytes for part in self.parts) > _LIGHT_BYTES
+        )
+
+    def decode(self) -> torch.Tensor:
+        """See ``PackedStates.decode``."""
+        by_step = [part.decode().split(part.row_tokens) for part in self.parts]
+        return torch.cat([states_NH for row in zip(*by_step, strict=True) for states_NH in row])
+
+    def positions(self) -> None:
+        """There are none, see ``position_runs``."""
+        return
+
+    def encode(self, output_TH: torch.Tensor) -> tuple[EncodedStates, ...]:
+        """The answer to each step, see ``PackedStates.encode``."""
+        counts = zip(*(part.row_tokens for part in self.parts), strict=True)
+        by_row = [row_NH.split(steps) for row_NH, steps in zip(output_TH.split(self.row_tokens), counts, strict=True)]
+        by_step = zip(*by_row, strict=True)
+        return tuple(
+            encoded
+            for part, rows in zip(self.parts, by_step, strict=True)
+            for encoded in part.encode(rows[0] if len(rows) == 1 else torch.cat(rows))
+        )
+
+
+InputStates = PackedStates | JoinedStates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

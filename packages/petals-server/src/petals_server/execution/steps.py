@@ -28,7 +28,7 @@ from petals_server.execution.padded import compute_padded
 from petals_server.execution.probe import Form
 from petals_server.execution.programs import RecordingError, StepPrograms
 from petals_server.execution.session import SessionState
-from petals_server.execution.states import EncodedStates, PackedStates
+from petals_server.execution.states import EncodedStates, InputStates
 from petals_server.execution.traces import LoneTrace
 from petals_server.execution.varlen import Kernel, suits
 from petals_server.scheduling.plan import Part, RowPart, Take
@@ -186,14 +186,14 @@ def _note_failure(error: Exception) -> None:
 
 
 @final
-class StepWork(Work[EncodedStates]):
-    """A session's next step, which shares its turns with those of others."""
+class StepWork(Work[tuple[EncodedStates, ...]]):
+    """A session's next step, or several that amount to one, which shares its turns with those of others."""
 
     def __init__(
         self,
         session: SessionState,
         runner: StepRunner,
-        states: PackedStates,
+        states: InputStates,
         *,
         keep: int,
         row_order: tuple[int, ...] | None,
@@ -299,5 +299,5 @@ class StepWork(Work[EncodedStates]):
     def advance_together(self, parts: Sequence[Part]) -> None:
         self._runner.run(parts)
 
-    def result(self) -> EncodedStates:
+    def result(self) -> tuple[EncodedStates, ...]:
         return self._states.encode(self.received_TH if self._output_TH is None else self._output_TH)

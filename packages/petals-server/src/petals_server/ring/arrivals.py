@@ -184,6 +184,11 @@ class Arrivals:
             self._num_replays -= 1
         return item
 
+    def next(self) -> Arrival | None:
+        """What :meth:`take` would return now, if that is a message."""
+        item = self._queue[0] if self._queue else None
+        return item if isinstance(item, Arrival) else None
+
     def note_computed(self, step: Step) -> None:
         """The session has computed a step."""
         if step.attempt == self.attempt:

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from petals_core.errors import (
     CacheLostError,
@@ -22,7 +23,7 @@ from petals_core.errors import (
 )
 from petals_core.identity import PeerId
 from petals_core.net.stream import Stream
-from petals_core.steps import merge, straighten
+from petals_core.steps import continues, merge, straighten
 from petals_core.tensors.states import States, join_states, select_rows
 from petals_core.wire.messages import Message, Progress, Replay, Route, Step
 from petals_server.ring.arrivals import Arrival, Arrivals, WaitingReplay
@@ -32,8 +33,25 @@ from petals_server.ring.outlet import Outlet
 
 log = logging.getLogger(__name__)
 
-StepHandler = Callable[["RingSession", Step, Message, float], Awaitable[None]]
-"""Computes a step that arrived at a time (``time.monotonic``), and delivers what comes of it."""
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A step that has arrived."""
+
+    step: Step
+    message: Message
+    """Its own."""
+    arrived_s: float
+    """``time.monotonic`` then."""
+
+    @property
+    def deadline_s(self) -> float:
+        """On the same clock."""
+        return self.arrived_s + self.step.deadline_ms / 1000
+
+
+StepHandler = Callable[["RingSession", Sequence[Received]], Awaitable[None]]
+"""Computes a step, or several of which each continues the one before it, and delivers what comes of each."""
 
 
 class RingSession:
@@ -72,14 +90,17 @@ class RingSession:
     def _idle_s(self) -> float:
         return time.monotonic() - max(self._worked_s, self._arrivals.active_s)
 
-    async def run(self, handle: StepHandler, *, max_idle_s: float) -> None:
+    async def run(self, handle: StepHandler, *, max_idle_s: float, max_joined_tokens: int = 0) -> None:
         """Take and compute steps until the client ends or gives up its stream.
+
+        Args:
+            max_joined_tokens: of steps that are handled together; 0: one by one.
 
         Raises:
             CacheLostError: nothing has happened for ``max_idle_s``.
             PetalsError: a step failed in a way that leaves nothing to go on with, or the client is gone.
         """
-        worker = asyncio.create_task(self._work(handle))
+        worker = asyncio.create_task(self._work(handle, max_joined_tokens))
         self._arrivals.listen()
         try:
             while True:
@@ -110,28 +131,47 @@ class RingSession:
 
     # --- computing ----------------------------------------------------------------------------------------------------
 
-    async def _work(self, handle: StepHandler) -> None:
+    async def _work(self, handle: StepHandler, max_joined_tokens: int) -> None:
         """Do what arrives, one after another; an error that is nobody's request's ends the session."""
         try:
             while True:
                 item = await self._arrivals.take()
                 if isinstance(item, Arrival):
-                    await self._do(handle, item)
+                    await self._do(handle, item, max_joined_tokens)
                 else:
                     await self._replay(item)
         except Exception:
             log.exception("a session of peer %s failed", self.client)
             self.end(RemoteFailureError("internal error of the server"))
 
-    async def _do(self, handle: StepHandler, arrival: Arrival) -> None:
+    async def _do(self, handle: StepHandler, arrival: Arrival, max_joined_tokens: int) -> None:
         step = await self._read(arrival)
         if step is None or step.attempt < self._arrivals.attempt or step.attempt == self._failed_attempt:
             return
+        steps = [Received(step, arrival.event.message, arrival.arrived_s)]
+        num_tokens = sum(step.row_tokens)
+        while (more := self._continuation(steps[-1].step, arrival.stream)) is not None:
+            num_tokens += sum(more.step.row_tokens)
+            if num_tokens > max_joined_tokens:
+                break
+            await self._arrivals.take()
+            steps.append(more)
         try:
-            await handle(self, step, arrival.event.message, arrival.arrived_s)
+            await handle(self, steps)
         except PetalsError as error:
             await self._fail(error, step.attempt)
         self._worked_s = time.monotonic()
+
+    def _continuation(self, step: Step, stream: Stream) -> Received | None:
+        """What is to be done next, if it has come the same way as a step and continues it."""
+        arrival = self._arrivals.next()
+        if arrival is None or arrival.stream is not stream:
+            return None
+        message = arrival.event.message
+        body = message.body
+        if not isinstance(body, Step) or body.attempt != step.attempt or not continues(body, step):
+            return None
+        return Received(body, message, arrival.arrived_s)
 
     async def _read(self, arrival: Arrival) -> Step | None:
         """The step that has arrived; None if it counts no more, or is something else."""
