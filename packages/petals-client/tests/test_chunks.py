@@ -42,6 +42,13 @@ def test_columns(row_tokens: tuple[int, ...], max_tokens: list[int], wanted: int
     assert positions == [list(range(10 * row, 10 * row + count)) for row, count in enumerate(row_tokens)]
 
 
+def test_smaller_parts_are_not_joined_with_those_before() -> None:
+    request = StepRequest(keep=0, row_tokens=(30,), join_tokens=16)
+    parts = split_columns(request, 2, 4, 8, 8, 5, 3)
+    assert [sum(step.row_tokens) for step, _ in parts if step.join_tokens == 16] == [2, 4, 8, 8]
+    assert [sum(step.row_tokens) for step, _ in parts if step.join_tokens is None] == [5, 3]
+
+
 @settings(max_examples=60)
 @given(counts, st.integers(1, 12))
 def test_rows(row_tokens: tuple[int, ...], max_tokens: int) -> None:

@@ -33,6 +33,13 @@ def test_it_adapts() -> None:
     assert 1.5 < patience.wait_s(is_decode=True) < 3.0
 
 
+def test_parts_that_come_together_say_nothing() -> None:
+    patience = Patience()
+    for number in range(80):
+        patience.note(0.8 if number % 8 == 0 else 0.0001, is_decode=False)
+        assert patience.wait_s(is_decode=False) > 1.5
+
+
 def test_longer_each_time_in_vain() -> None:
     patience = Patience()
     waits = [patience.wait_s(is_decode=True, num_looks=looks) for looks in range(6)]

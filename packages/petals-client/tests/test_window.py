@@ -19,7 +19,7 @@ from petals_client.window import (
 def simulate(stages_s: list[float], delay_s: float, num_parts: int) -> tuple[float, int]:
     """Send parts through stages that work one part at a time, with a delay between; returns the time, and the most
     parts that were under way."""
-    window = FlightWindow(len(stages_s))
+    window = FlightWindow(len(stages_s), part_tokens=64)
     free_s = [0.0] * len(stages_s)
     under_way: list[tuple[float, float]] = []
     now_s, most = 0.0, 0
@@ -137,29 +137,33 @@ def test_no_part_is_small_where_all_is_near(round_trip_s: float | None, first: i
 
 def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:
     """A link takes a part whole before the next server begins, so a large one is under way for longer."""
-    window = FlightWindow(3)
+    window = FlightWindow(3, part_tokens=128)
     for number in range(30):
         window.sent()
         window.done(num_tokens=32 if number < 2 else 128, trip_s=0.2 if number < 2 else 0.8, now_s=0.1 * number)
     assert 0.8 / 0.1 <= window.limit <= 2 * 0.8 / 0.1 + 1
 
 
-@pytest.mark.parametrize(("size", "least"), [(32, 3 * 8), (64, 3 * 4), (512, 3)])
-def test_servers_that_are_slow_have_parts_to_join(size: int, least: int) -> None:
-    window = FlightWindow(3)
+@pytest.mark.parametrize(("join_tokens", "least"), [(1, 3), (64, 3), (128, 3 * 2), (192, 3 * 3)])
+def test_servers_that_are_slow_have_parts_to_join(join_tokens: int, least: int) -> None:
+    window = FlightWindow(3, part_tokens=64, join_tokens=join_tokens)
     for number in range(30):
         window.sent()
-        window.done(num_tokens=size, trip_s=0.1, now_s=0.1 * number)
+        window.done(num_tokens=64, trip_s=0.1, now_s=0.1 * number)
     assert window.limit == least + 2
 
 
-def test_results_that_come_together_do_not_look_like_a_fast_chain() -> None:
-    """Two parts in a millisecond and then none for as long as two take: the rate is that of both."""
-    window = FlightWindow(3)
-    for number in range(40):
+@pytest.mark.parametrize("together", [2, 6])
+def test_results_that_come_together_do_not_look_like_a_fast_chain(together: int) -> None:
+    """Some parts in a moment and then none for as long as these take: the rate is that of all."""
+    window = FlightWindow(3, part_tokens=64)
+    for number in range(80):
         window.sent()
-        window.done(num_tokens=64, trip_s=0.4, now_s=0.2 * (number // 2) + 0.001 * (number % 2))
-    assert window.limit <= 2 * 2 * 0.4 / 0.1
+        window.done(
+            num_tokens=64, trip_s=0.6, now_s=0.1 * together * (number // together) + 0.0001 * (number % together)
+        )
+        if number > 40:
+            assert 0.5 * 0.6 / 0.1 <= window.limit <= 2 * 0.6 / 0.1
 
 
 @pytest.mark.parametrize(("token_bytes", "first"), [(512, 8), (2048, 6), (4096, 3), (28_672, 3)])

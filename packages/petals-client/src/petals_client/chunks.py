@@ -50,6 +50,8 @@ def split_columns(request: StepRequest, *max_tokens: int) -> list[tuple[StepRequ
         wanted = request.wanted
         if wanted is not None:
             wanted = min(max(0, wanted - (num_columns - right)), right - left)
+        # Parts shrink towards the end so that servers end soon after each other.
+        is_smaller = bool(parts) and sum(counts) < sum(parts[-1][1].row_tokens)
         step = replace(
             request,
             keep=request.keep + left,
@@ -57,6 +59,7 @@ def split_columns(request: StepRequest, *max_tokens: int) -> list[tuple[StepRequ
             row_order=request.row_order if left == 0 else None,
             position_runs=part.position_runs,
             wanted=wanted,
+            join_tokens=None if is_smaller else request.join_tokens,
         )
         parts.append((step, part))
     return parts

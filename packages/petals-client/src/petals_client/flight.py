@@ -25,7 +25,11 @@ class Flight:
         self.started_s = time.perf_counter()  # uvloop's clock counts milliseconds
         self.results: list[States | None] = []
         """Of the parts that have come back; None for those without states."""
-        self.window = FlightWindow(num_hops)
+        self.window = FlightWindow(
+            num_hops,
+            part_tokens=max(states.spec.shape[0] for _, states in parts),
+            join_tokens=max(request.join_tokens or 1 for request, _ in parts),
+        )
         self.news_s = time.perf_counter()
         """When the last part came back, or the first was sent."""
         self.is_decode = len(parts) == 1 and parts[0][1].spec.shape[0] <= MAX_DECODE_TOKENS

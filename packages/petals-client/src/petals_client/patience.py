@@ -10,6 +10,8 @@ MAX_WAIT_S = 10.0
 _MARGIN_S = 0.2
 """What busy machines and networks add now and then."""
 _MEAN_WEIGHT, _DEVIATION_WEIGHT, _DEVIATIONS = 1 / 8, 1 / 4, 4  # RFC 6298 section 2
+_TOGETHER_S = 0.001
+"""Parts that a server computes at once come back so soon after each other, which says nothing of how long to wait."""
 PROBE_S = 2.0
 _PROBE_ROUND_TRIPS = 4
 
@@ -28,6 +30,8 @@ class Patience:
 
     def note(self, duration_s: float, *, is_decode: bool) -> None:
         """Note what a step took, or the time between two parts of one."""
+        if not is_decode and duration_s < _TOGETHER_S:
+            return
         known = self._known.get(is_decode)
         if known is None:
             self._known[is_decode] = _Estimate(duration_s, duration_s / 2)

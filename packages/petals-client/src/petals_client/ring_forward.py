@@ -187,14 +187,19 @@ class RingForward:
     ) -> None:
         """Send micro-batches through a session, and put what comes out where they stand in the whole."""
         options, rate = self._swarm.options, session.rate_bytes_per_s
+        token_bytes, num_hops = hidden.shape[1] * hidden.element_size(), len(session.chain)
+        num_tokens = [sum(each.row_tokens) for each in micro_batches]
         sizes = choose_batch_sizes(
-            [sum(each.row_tokens) for each in micro_batches],
-            len(session.chain),
+            num_tokens,
+            num_hops,
             max_tokens=options.max_tokens_per_request,
             part_tokens=options.micro_batch_tokens,
-            token_bytes=hidden.shape[1] * hidden.element_size(),
+            token_bytes=token_bytes,
             link_bytes_per_s=rate,
         )
+        join_tokens = None
+        if options.micro_batch_tokens is None:
+            join_tokens = choose_batch_tokens(sum(num_tokens), num_hops, token_bytes=token_bytes, link_bytes_per_s=None)
         inputs = []
         places: list[tuple[int, int, list[tuple[StepRequest, Part]]]] = []
         for each, sizes_of_parts in zip(micro_batches, sizes, strict=True):
@@ -205,6 +210,7 @@ class RingForward:
                 keep=0,
                 row_tokens=each.row_tokens + (0,) * missing,
                 position_runs=None if runs is None else runs + ((),) * missing,
+                join_tokens=join_tokens,
             )
             tokens = hidden[first : first + count]
             steps = split_columns(request, *sizes_of_parts)

@@ -41,6 +41,8 @@ from petals_core.wire.messages import (
 
 BACKLOG_BYTES = 4 * MIB
 """Of steps that wait for the network before the sender does."""
+PARTS_BACKLOG_BYTES = MIB // 2
+"""The same for a step in parts: those that still wait here when a server is lost are in the way of what comes next."""
 B = TypeVar("B", bound=Body)
 OnMessage = Callable[["HopSession", MessageReceived], None]
 OnFailure = Callable[["HopSession", PetalsError], None]
@@ -127,14 +129,14 @@ class HopSession:
         """What has come, whose credit goes back to the server with it."""
         return self._stream.accept(event)
 
-    async def send(self, step: Step, payload: Sequence[Buffer]) -> None:
-        """Send a step; waits while much waits for the network already. The payload must not change any more.
+    async def send(self, step: Step, payload: Sequence[Buffer], *, backlog_bytes: int = BACKLOG_BYTES) -> None:
+        """Send a step; waits while more than ``backlog_bytes`` wait for the network. The payload must never change.
 
         Raises:
             PetalsError: the session is broken.
         """
         self._stream.priority = Priority.of_step(sum(step.row_tokens))
-        await self._stream.send(step, payload, backlog_bytes=BACKLOG_BYTES)
+        await self._stream.send(step, payload, backlog_bytes=backlog_bytes)
 
     def send_now(self, step: Step, payload: Sequence[Buffer]) -> bool:
         """``send`` a small step without a task, if nothing waits for the network; else False, and nothing was done."""
@@ -254,6 +256,7 @@ def request_of(step: Step) -> StepRequest:
         row_order=step.row_order,
         position_runs=step.position_runs,
         wanted=step.wanted,
+        join_tokens=step.join_tokens,
     )
 
 
@@ -272,4 +275,5 @@ def make_step(
         attempt=attempt,
         passes=passes,
         wanted=request.wanted,
+        join_tokens=request.join_tokens,
     )

@@ -14,7 +14,15 @@ from petals_client.loop_thread import Caller
 from petals_client.opening import ChainOpener
 from petals_client.patience import Patience
 from petals_client.recovery import Recovery
-from petals_client.session import BACKLOG_BYTES, HopSession, States, make_step, read_states, request_of
+from petals_client.session import (
+    BACKLOG_BYTES,
+    PARTS_BACKLOG_BYTES,
+    HopSession,
+    States,
+    make_step,
+    read_states,
+    request_of,
+)
 from petals_client.step_notes import StepNotes
 from petals_client.swarm import Servers, Swarm
 from petals_core.errors import InvalidRequestError, PeerConnectionError, PetalsError, ProtocolError
@@ -271,13 +279,15 @@ class SwarmSession:
         request, states = flight.parts[number - flight.first_number]
         flight.sent(number)
         timeout_s = self.swarm.options.step_timeout_s
-        await self.send(0, make_step(number, request, states, self.attempt, timeout_s), states)
+        backlog_bytes = BACKLOG_BYTES if len(flight.parts) == 1 else PARTS_BACKLOG_BYTES
+        step = make_step(number, request, states, self.attempt, timeout_s)
+        await self.send(0, step, states, backlog_bytes=backlog_bytes)
 
-    async def send(self, index: int, step: Step, states: States) -> None:
+    async def send(self, index: int, step: Step, states: States, *, backlog_bytes: int = BACKLOG_BYTES) -> None:
         """Send a step to a server of the chain; that it can't be is told as that server's failure."""
         hop = self.hops[index]
         try:
-            await hop.send(step, states.payload)
+            await hop.send(step, states.payload, backlog_bytes=backlog_bytes)
         except PetalsError as error:
             self._on_failure(hop, error)
 

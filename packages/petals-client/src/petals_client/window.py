@@ -6,8 +6,6 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from petals_core.steps import MAX_JOINED_TOKENS
-
 MIN_PART_TOKENS = 32
 MAX_PART_TOKENS = 512
 _PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE = 2, 4
@@ -39,7 +37,7 @@ and for connections that begin slowly. What is too much waits at the client and,
 _GAIN = 1.25
 """Above what just fills the chain, because trips and rates vary. What is more only waits at the servers, of which those
 behind then get their work later."""
-_WEIGHT = 1 / 4
+_WEIGHT = 1 / 8
 
 
 def choose_part_sizes(
@@ -156,18 +154,25 @@ def _round_up(num_tokens: float) -> int:
 class FlightWindow:
     """Parts that may be under way: what the chain holds at its rate and delay, so that nothing waits in vain.
 
-    And no fewer than servers compute at once: where they are slower than the links, parts that wait are joined.
+    And no fewer than the servers may compute at once, because parts that wait for slow ones are joined.
+
     The rate is that of the results; the delay the shortest trip of a part of the largest size, because every link takes
     a part whole before the next server begins with it.
     """
 
-    def __init__(self, num_hops: int) -> None:
-        self._num_hops = num_hops
+    def __init__(self, num_hops: int, *, part_tokens: int, join_tokens: int = 1) -> None:
+        """
+        Args:
+            part_tokens: of the largest part.
+            join_tokens: of parts that a server may compute at once.
+        """
+        self._floor = num_hops * max(1, join_tokens // part_tokens) + 2
         self.limit = _FIRST_PARTS_PER_STAGE * (2 * num_hops + 1)
         self.num_in_flight = 0
         self._largest = 0
         self._least_trip_s = math.inf
-        self._token_s: float | None = None
+        self._mean_tokens = self._mean_s = 0.0
+        """Of a part, and of the time between two: averages of the same weights, also where several come together."""
         self._last_s: float | None = None
 
     @property
@@ -187,11 +192,9 @@ class FlightWindow:
         elif num_tokens == self._largest:
             self._least_trip_s = min(self._least_trip_s, trip_s)
         if self._last_s is not None:
-            token_s = (now_s - self._last_s) / num_tokens
-            if self._token_s is None:
-                self._token_s = token_s
-            self._token_s += (token_s - self._token_s) * _WEIGHT
-            full = self._least_trip_s / max(self._token_s, 1e-6) / self._largest
-            at_once = self._num_hops * max(1, MAX_JOINED_TOKENS // max(MIN_PART_TOKENS, self._largest)) + 2
-            self.limit = min(_MAX_IN_FLIGHT, max(at_once, math.ceil(_GAIN * full)))
+            self._mean_tokens += (num_tokens - self._mean_tokens) * _WEIGHT
+            self._mean_s += (now_s - self._last_s - self._mean_s) * _WEIGHT
+            token_s = max(1e-6, self._mean_s / self._mean_tokens)
+            full = self._least_trip_s / token_s / self._largest
+            self.limit = min(_MAX_IN_FLIGHT, max(self._floor, math.ceil(_GAIN * full)))
         self._last_s = now_s

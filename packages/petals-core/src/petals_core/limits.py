@@ -65,4 +65,5 @@ MAX_DEADLINE_S = 3600
 """How long a peer may say that it waits for one answer."""
 MAX_BATCH_ROWS = 1024
 MAX_STEP_TOKENS = 1 << 20
+MAX_JOINED_TOKENS = 512
 MAX_SESSION_TOKENS = 1 << 22

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 PositionRuns = tuple[tuple[tuple[int, int], ...], ...]
 RowOrder = tuple[int, ...]
-MAX_JOINED_TOKENS: Final = 256
-"""Of steps of a session that a server computes at once, because they came while it computed others. Few rows are slow
-to multiply (``tools/bench_parts.py``), but what is computed at once comes to the next server at once."""
 S = TypeVar("S")
 """Hidden states in any form."""
 
@@ -40,6 +37,7 @@ class StepRequest:
     row_order: RowOrder | None = None
     position_runs: PositionRuns | None = None
     wanted: int | None = None
+    join_tokens: int | None = None
 
     @property
     def end(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from petals_core.errors import CacheLostError, InvalidRequestError, PetalsError
 from petals_core.models.span import Span
 from petals_core.net.stream import Stream
-from petals_core.steps import MAX_JOINED_TOKENS, join_row_tokens
+from petals_core.steps import join_row_tokens
 from petals_core.tensors.states import States
 from petals_core.wire.messages import Forward, Message, OpenSession, SessionOpened, Step, graph_id_of
 from petals_server.comfort.ledger import ServedLedger
@@ -110,7 +110,7 @@ class SessionRequests:
 
             with self._ring.opened(request.session_id, stream) as place:
                 await stream.send(SessionOpened(cache_tokens_left=self._sessions.cache_tokens_left))
-                await place.run(handle, max_idle_s=self._limits.max_idle_s, max_joined_tokens=MAX_JOINED_TOKENS)
+                await place.run(handle, max_idle_s=self._limits.max_idle_s)
         finally:
             if session is not None:
                 self._engine.close_session(session, session.close)
@@ -151,7 +151,7 @@ class SessionRequests:
             self._served.note(stream.peer_id, num_tokens=sum(step.row_tokens), num_blocks=span.num_blocks)
 
         try:
-            with self._ring.opened(request.session_id, stream, keeps_outputs=False) as place:
+            with self._ring.opened(request.session_id, stream, has_cache=False) as place:
                 await stream.send(SessionOpened(cache_tokens_left=self._sessions.cache_tokens_left))
                 await place.run(handle, max_idle_s=self._limits.max_idle_s)
         finally:
@@ -188,7 +188,30 @@ class SessionRequests:
     async def _serve_steps(
         self, place: RingSession, session: SessionState, reservation: Reservation, steps: Sequence[Received]
     ) -> None:
-        """Serve a step, or compute several at once of which each continues the one before it."""
+        """Serve a step, or compute at once several of which each continues the one before it."""
+        try:
+            work, results = await self._compute(place, session, reservation, steps)
+        except PetalsError:
+            if len(steps) == 1 or session.is_broken:
+                raise
+            for each in steps:  # nothing has changed, so those before the one that can't be served are
+                await self._serve_steps(place, session, reservation, [each])
+            return
+        token_s = work.compute_s / max(1, work.num_tokens)
+        for each, result in zip(steps, results, strict=True):
+            await place.deliver(
+                each.step,
+                States(spec=result.spec, payload=result.buffers),
+                queue_us=microseconds(work.queue_s),
+                compute_us=microseconds(token_s * sum(each.step.row_tokens)),
+                deadline_s=each.deadline_s,
+            )
+            self._note(reservation, each.step, session)
+
+    async def _compute(
+        self, place: RingSession, session: SessionState, reservation: Reservation, steps: Sequence[Received]
+    ) -> tuple[Work[tuple[EncodedStates, ...]], tuple[EncodedStates, ...]]:
+        """Compute steps as one; returns the work, and what came of each."""
         step = steps[0].step
         if len(steps) > 1:
             step = replace(step, row_tokens=join_row_tokens(each.step.row_tokens for each in steps))
@@ -215,19 +238,9 @@ class SessionRequests:
         num_tokens = self._sessions.count_tokens(num_rows, num_columns)
         await self._sessions.grow(reservation, num_tokens, deadline_s=deadline_s)
         try:
-            results = await self._engine.compute(work)
+            return work, await self._engine.compute(work)
         finally:
             self._sessions.settle(reservation, self._sessions.count_tokens(num_rows, session.ledger.num_columns))
-        token_s = work.compute_s / max(1, work.num_tokens)
-        for each, result in zip(steps, results, strict=True):
-            await place.deliver(
-                each.step,
-                States(spec=result.spec, payload=result.buffers),
-                queue_us=microseconds(work.queue_s),
-                compute_us=microseconds(token_s * sum(each.step.row_tokens)),
-                deadline_s=each.deadline_s,
-            )
-            self._note(reservation, each.step, session)
 
     def _step_work(self, session: SessionState, states: InputStates, **options: Any) -> Work[tuple[EncodedStates, ...]]:
         if isinstance(session, LoneSession):

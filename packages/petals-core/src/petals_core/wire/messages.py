@@ -25,6 +25,7 @@ from petals_core.limits import (
     MAX_BLOCKS,
     MAX_DEADLINE_S,
     MAX_HOPS,
+    MAX_JOINED_TOKENS,
     MAX_MODULE_PATH_CHARS,
     MAX_NAME_CHARS,
     MAX_RECEIPT_BYTES,
@@ -155,6 +156,9 @@ class Step:
     """To how many more servers it goes before it ends, with a result without states; None: to the chain's end."""
     wanted: int | None = ruled(schema.optional(schema.integer(0, MAX_SESSION_TOKENS)), default=None)
     """Of how many columns, the last ones, the result has states; None: of all."""
+    join_tokens: int | None = ruled(schema.optional(schema.integer(1, MAX_JOINED_TOKENS)), default=None)
+    """A server may compute it at once with the steps before it that it continues, where all of them wait there and have
+    no more tokens than these together; None: by itself."""
     hops: tuple[tuple[int, int, int], ...] | None = ruled(schema.optional(_hops), default=None)
 
 

@@ -69,8 +69,7 @@ class JoinedStates:
 
     @property
     def position_runs(self) -> None:
-        """Positions go on from step to step."""
-        return
+        """None: positions go on from step to step."""
 
     @property
     def is_heavy(self) -> bool:
@@ -85,8 +84,7 @@ class JoinedStates:
         return torch.cat([states_NH for row in zip(*by_step, strict=True) for states_NH in row])
 
     def positions(self) -> None:
-        """There are none, see ``position_runs``."""
-        return
+        """None, see ``position_runs``."""
 
     def encode(self, output_TH: torch.Tensor) -> tuple[EncodedStates, ...]:
         """The answer to each step, see ``PackedStates.encode``."""

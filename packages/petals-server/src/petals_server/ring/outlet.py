@@ -103,6 +103,7 @@ class Outlet:
             attempt=step.attempt,
             passes=None if step.passes is None else step.passes - 1,
             wanted=step.wanted,
+            join_tokens=step.join_tokens,
             hops=hops,
         )
         await self.pass_on(passed, output)

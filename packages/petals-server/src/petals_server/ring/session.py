@@ -1,4 +1,4 @@
-"""A session as a link of a chain: its steps run one by one in a task of its own, whoever sends them.
+"""A session as a link of a chain: its steps run one after another in a task of its own, whoever sends them.
 
 What comes of them is kept for a while, so that a server that takes the place of the next one can be brought to where
 that was.
@@ -40,7 +40,7 @@ class Received:
 
     step: Step
     message: Message
-    """Its own."""
+    """In which it came, with its payload."""
     arrived_s: float
     """``time.monotonic`` then."""
 
@@ -51,7 +51,7 @@ class Received:
 
 
 StepHandler = Callable[["RingSession", Sequence[Received]], Awaitable[None]]
-"""Computes a step, or several of which each continues the one before it, and delivers what comes of each."""
+"""Computes a step, or at once several that may be joined, and delivers what comes of each."""
 
 
 class RingSession:
@@ -63,18 +63,22 @@ class RingSession:
         *,
         next_hops: NextHops,
         outputs: KeptOutputs,
-        keeps_outputs: bool,
+        has_cache: bool,
         route_timeout_s: float,
     ) -> None:
-        """``stream``: the client's."""
+        """
+        Args:
+            stream: the client's.
+            has_cache: whether steps append to a cache. Only then are they joined, and their outputs kept.
+        """
         self.applied = -1
-        """Number of the last step whose tokens are in the cache."""
+        """Number of the last step that was computed and delivered."""
         self._stream = stream
         self._arrivals = Arrivals(stream)
         self._outlet = Outlet(next_hops, stream)
         self._outputs = outputs
         self._kept = outputs.open()
-        self._keeps_outputs = keeps_outputs
+        self._has_cache = has_cache
         self._route_timeout_s = route_timeout_s
         self._failed_attempt = -1
         self._worked_s = time.monotonic()
@@ -90,17 +94,14 @@ class RingSession:
     def _idle_s(self) -> float:
         return time.monotonic() - max(self._worked_s, self._arrivals.active_s)
 
-    async def run(self, handle: StepHandler, *, max_idle_s: float, max_joined_tokens: int = 0) -> None:
+    async def run(self, handle: StepHandler, *, max_idle_s: float) -> None:
         """Take and compute steps until the client ends or gives up its stream.
-
-        Args:
-            max_joined_tokens: of steps that are handled together; 0: one by one.
 
         Raises:
             CacheLostError: nothing has happened for ``max_idle_s``.
             PetalsError: a step failed in a way that leaves nothing to go on with, or the client is gone.
         """
-        worker = asyncio.create_task(self._work(handle, max_joined_tokens))
+        worker = asyncio.create_task(self._work(handle))
         self._arrivals.listen()
         try:
             while True:
@@ -131,47 +132,45 @@ class RingSession:
 
     # --- computing ----------------------------------------------------------------------------------------------------
 
-    async def _work(self, handle: StepHandler, max_joined_tokens: int) -> None:
+    async def _work(self, handle: StepHandler) -> None:
         """Do what arrives, one after another; an error that is nobody's request's ends the session."""
         try:
             while True:
                 item = await self._arrivals.take()
                 if isinstance(item, Arrival):
-                    await self._do(handle, item, max_joined_tokens)
+                    await self._do(handle, item)
                 else:
                     await self._replay(item)
         except Exception:
             log.exception("a session of peer %s failed", self.client)
             self.end(RemoteFailureError("internal error of the server"))
 
-    async def _do(self, handle: StepHandler, arrival: Arrival, max_joined_tokens: int) -> None:
+    async def _do(self, handle: StepHandler, arrival: Arrival) -> None:
         step = await self._read(arrival)
         if step is None or step.attempt < self._arrivals.attempt or step.attempt == self._failed_attempt:
             return
         steps = [Received(step, arrival.event.message, arrival.arrived_s)]
-        num_tokens = sum(step.row_tokens)
-        while (more := self._continuation(steps[-1].step, arrival.stream)) is not None:
-            num_tokens += sum(more.step.row_tokens)
-            if num_tokens > max_joined_tokens:
-                break
-            await self._arrivals.take()
-            steps.append(more)
+        if self._has_cache:
+            await self._join(steps, arrival.stream)
         try:
             await handle(self, steps)
         except PetalsError as error:
             await self._fail(error, step.attempt)
         self._worked_s = time.monotonic()
 
-    def _continuation(self, step: Step, stream: Stream) -> Received | None:
-        """What is to be done next, if it has come the same way as a step and continues it."""
-        arrival = self._arrivals.next()
-        if arrival is None or arrival.stream is not stream:
-            return None
-        message = arrival.event.message
-        body = message.body
-        if not isinstance(body, Step) or body.attempt != step.attempt or not continues(body, step):
-            return None
-        return Received(body, message, arrival.arrived_s)
+    async def _join(self, steps: list[Received], stream: Stream) -> None:
+        """Take what is to be done next as well, as long as it came the same way and may be joined with these steps."""
+        num_tokens = max(1, sum(steps[0].step.row_tokens))
+        while (arrival := self._arrivals.next()) is not None and arrival.stream is stream:
+            message, last = arrival.event.message, steps[-1].step
+            step = message.body
+            if not isinstance(step, Step) or step.attempt != last.attempt or not continues(step, last):
+                return
+            num_tokens += max(1, sum(step.row_tokens))
+            if step.join_tokens is None or num_tokens > step.join_tokens:
+                return
+            await self._arrivals.take()
+            steps.append(Received(step, message, arrival.arrived_s))
 
     async def _read(self, arrival: Arrival) -> Step | None:
         """The step that has arrived; None if it counts no more, or is something else."""
@@ -204,7 +203,7 @@ class RingSession:
         """
         self.applied = step.step
         self._arrivals.note_computed(step)
-        is_to_be_kept = self._keeps_outputs and not self._outlet.is_last
+        is_to_be_kept = self._has_cache and not self._outlet.is_last
         try:
             if step.attempt >= self._arrivals.attempt:  # else the client has begun anew, and sends it again
                 await self._outlet.send(step, output, queue_us=queue_us, compute_us=compute_us, deadline_s=deadline_s)

@@ -29,7 +29,7 @@ class RingTable:
         self._sessions: dict[bytes, RingSession] = {}
 
     @contextlib.contextmanager
-    def opened(self, session_id: bytes, stream: Stream, *, keeps_outputs: bool = True) -> Iterator[RingSession]:
+    def opened(self, session_id: bytes, stream: Stream, *, has_cache: bool = True) -> Iterator[RingSession]:
         """A new session of the client's ``stream``, known by its id while this lasts.
 
         Raises:
@@ -41,7 +41,7 @@ class RingTable:
             stream,
             next_hops=self.next_hops,
             outputs=self.outputs,
-            keeps_outputs=keeps_outputs,
+            has_cache=has_cache,
             route_timeout_s=self._route_timeout_s,
         )
         try:
