@@ -144,7 +144,7 @@ def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:
     assert 0.8 / 0.1 <= window.limit <= 2 * 0.8 / 0.1 + 1
 
 
-@pytest.mark.parametrize(("join_tokens", "least"), [(1, 3), (64, 3), (128, 3 * 2), (192, 3 * 3)])
+@pytest.mark.parametrize(("join_tokens", "least"), [(1, 3), (64, 3), (128, 3 * 3), (192, 3 * 5)])
 def test_servers_that_are_slow_have_parts_to_join(join_tokens: int, least: int) -> None:
     window = FlightWindow(3, part_tokens=64, join_tokens=join_tokens)
     for number in range(30):

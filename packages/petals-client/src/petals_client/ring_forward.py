@@ -27,7 +27,7 @@ from petals_client.packing import PositionRuns
 from petals_client.part_states import decode_states, encode_states, join_parts, take_part
 from petals_client.swarm import Servers, Swarm
 from petals_client.swarm_session import SwarmSession
-from petals_client.window import choose_batch_sizes, choose_batch_tokens
+from petals_client.window import choose_batch_sizes, choose_batch_tokens, choose_join_tokens
 from petals_core.errors import PetalsError
 from petals_core.routing.flow import Branch
 from petals_core.tensors.codec import encode
@@ -197,9 +197,7 @@ class RingForward:
             token_bytes=token_bytes,
             link_bytes_per_s=rate,
         )
-        join_tokens = None
-        if options.micro_batch_tokens is None:
-            join_tokens = choose_batch_tokens(sum(num_tokens), num_hops, token_bytes=token_bytes, link_bytes_per_s=None)
+        join_tokens = choose_join_tokens(sum(num_tokens), num_hops) if options.micro_batch_tokens is None else None
         inputs = []
         places: list[tuple[int, int, list[tuple[StepRequest, Part]]]] = []
         for each, sizes_of_parts in zip(micro_batches, sizes, strict=True):

@@ -24,7 +24,7 @@ from petals_client.swarm import Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.trace import StepTrace
 from petals_client.training import TrainingRun, TrainingTrace
-from petals_client.window import choose_part_sizes, choose_part_tokens
+from petals_client.window import choose_join_tokens, choose_part_sizes
 from petals_core.errors import InvalidRequestError, SessionLengthError
 from petals_core.limits import MAX_BATCH_ROWS, MAX_SESSION_TOKENS
 from petals_core.models.architecture import block_count
@@ -268,7 +268,7 @@ class SwarmChainSession:
             step, session = [(request, states)], self._session
             return decode_states(self._thread.call(lambda caller: session.begin_step(step, caller))[0])
         if len(sizes) > 1 and self._options.part_tokens is None:
-            request = replace(request, join_tokens=choose_part_tokens(hidden.shape[0], len(self._session.chain)))
+            request = replace(request, join_tokens=choose_join_tokens(hidden.shape[0], len(self._session.chain)))
         parts = split_columns(request, *sizes)
         inputs = [(step, encode_states(take_part(hidden, part), self._options, rate)) for step, part in parts]
         return join_parts(hidden, parts, self._thread.run(self._session.step(inputs)))

@@ -131,8 +131,13 @@ def _ramp(first: int, end: int) -> list[int]:
 
 def choose_part_tokens(num_tokens: int, num_hops: int) -> int:
     """Tokens of the parts of a step: enough parts to keep all servers and links of a chain at work."""
-    few, many = (_round_up(num_tokens / (num_hops + 1) / parts) for parts in (_PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE))
+    few, many = (_stage_tokens(num_tokens, num_hops, parts) for parts in (_PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE))
     return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, many, min(few, _AMPLE_TOKENS)))
+
+
+def choose_join_tokens(num_tokens: int, num_hops: int) -> int:
+    """Tokens of parts that a server may compute at once where they wait: as many as leave two parts for each stage."""
+    return min(MAX_PART_TOKENS, max(MIN_PART_TOKENS, _stage_tokens(num_tokens, num_hops, _PARTS_PER_STAGE)))
 
 
 def choose_batch_tokens(num_tokens: int, num_hops: int, *, token_bytes: int, link_bytes_per_s: float | None) -> int:
@@ -147,8 +152,9 @@ def most_part_tokens(token_bytes: int, link_bytes_per_s: float) -> int:
     return max(MIN_PART_TOKENS, num_steps * _PART_STEP)
 
 
-def _round_up(num_tokens: float) -> int:
-    return math.ceil(num_tokens / MIN_PART_TOKENS) * MIN_PART_TOKENS
+def _stage_tokens(num_tokens: int, num_hops: int, num_parts: int) -> int:
+    """Of parts, of which there are so many for each server and link."""
+    return math.ceil(num_tokens / (num_hops + 1) / num_parts / MIN_PART_TOKENS) * MIN_PART_TOKENS
 
 
 class FlightWindow:
@@ -166,7 +172,8 @@ class FlightWindow:
             part_tokens: of the largest part.
             join_tokens: of parts that a server may compute at once.
         """
-        self._floor = num_hops * max(1, join_tokens // part_tokens) + 2
+        joined = max(1, join_tokens // part_tokens)
+        self._floor = num_hops * (2 * joined - 1) + 2  # a server has them all while it computes as many
         self.limit = _FIRST_PARTS_PER_STAGE * (2 * num_hops + 1)
         self.num_in_flight = 0
         self._largest = 0
