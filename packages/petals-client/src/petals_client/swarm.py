@@ -325,24 +325,20 @@ class Swarm:
 
         ``took_s`` may hold ``spare_s`` of other things.
         """
-        announcement = signed.announcement
-        is_single = num_tokens <= MAX_DECODE_TOKENS
-        rate = announcement.inference_tokens_per_s if is_single else announcement.forward_tokens_per_s
-        if not rate:
+        token_s = announced_token_s(signed, hop, is_single=num_tokens <= MAX_DECODE_TOKENS)
+        if token_s is None:
             self.praise(hop.peer_id)
-            return
-        share = (hop.end - hop.start) / (announcement.end - announcement.start)
-        self.praise(hop.peer_id, took_s=took_s, expected_s=spare_s + num_tokens * share / rate)
+        else:
+            self.praise(hop.peer_id, took_s=took_s, expected_s=spare_s + num_tokens * token_s)
 
     def observe(self, signed: SignedAnnouncement, hop: Hop, *, num_tokens: int, took_s: float) -> None:
         """Note how long a server's part of a decode step took at most, to be told to others."""
-        announcement = signed.announcement
-        if announcement.inference_tokens_per_s:
-            share = (hop.end - hop.start) / (announcement.end - announcement.start)
+        token_s = announced_token_s(signed, hop, is_single=True)
+        if token_s is not None:
             known = self.measurements.get(hop.peer_id)
             num_sessions = 0 if known is None else known.num_sessions or 0
             busy = min(MAX_EXCUSE, 1 + SESSION_SHARE * num_sessions)
-            expected_s = busy * num_tokens * share / announcement.inference_tokens_per_s
+            expected_s = busy * num_tokens * token_s
             self._observations.note(hop.peer_id, expected_s=expected_s, took_s=took_s)
 
     def _warn_of_dtypes(self, chain: Iterable[SignedAnnouncement]) -> None:
@@ -359,6 +355,18 @@ class Swarm:
                     kind,
                     self._torch_dtype,
                 )
+
+
+def announced_token_s(signed: SignedAnnouncement, hop: Hop, *, is_single: bool) -> float | None:
+    """What a server says that it takes for a token, alone or of many, in the blocks of a hop; None: nothing."""
+    announcement = signed.announcement
+    rate = announcement.inference_tokens_per_s if is_single else announcement.forward_tokens_per_s
+    return (hop.end - hop.start) / (announcement.end - announcement.start) / rate if rate else None
+
+
+def slowest_token_s(chain: Chain, servers: Servers) -> float:
+    """What the slowest server of a chain says that it takes for one of many tokens; 0: no one says."""
+    return max((announced_token_s(servers[hop.peer_id], hop, is_single=False) or 0.0 for hop in chain), default=0.0)
 
 
 def explain_failure(hop: Hop, error: PetalsError) -> PetalsError:
