@@ -73,7 +73,7 @@ def test_parts_are_larger_where_servers_are_slower_than_the_link(
 ) -> None:
     link = {"token_bytes": 4096, "link_bytes_per_s": link_bytes_per_s, "server_token_s": server_token_s}
     assert max(choose_part_sizes(2048, 3, max_tokens=4096, **link)) == size
-    assert max(choose_batch_sizes([2048], 3, max_tokens=4096, **link)[0]) == max(size, 192 if size == 192 else 0)
+    assert max(choose_batch_sizes([2048], 3, max_tokens=4096, **link)[0]) == size
 
 
 def test_joined_parts_leave_two_for_each_stage() -> None:
@@ -169,6 +169,28 @@ def test_servers_that_are_slow_have_parts_to_join(join_tokens: int, least: int) 
         window.sent()
         window.done(num_tokens=64, trip_s=0.1, now_s=0.1 * number)
     assert window.limit == least + 2
+
+
+def test_little_waits_to_be_joined_where_that_would_take_long() -> None:
+    window = FlightWindow(3, part_tokens=32, join_tokens=256)
+    for number in range(60):
+        window.sent()
+        window.done(num_tokens=32, trip_s=2.0, now_s=1.0 * number)
+    assert window.limit == 10
+
+
+def test_an_interruption_says_nothing_of_the_rate() -> None:
+    window = FlightWindow(3, part_tokens=64)
+    for number in range(60):
+        window.sent()
+        window.done(num_tokens=64, trip_s=1.0, now_s=0.1 * number)
+    limit = window.limit
+    window.begin_again()
+    assert window.num_in_flight == 0
+    for number in range(2):
+        window.sent()
+        window.done(num_tokens=64, trip_s=1.0, now_s=100 + 0.1 * number)
+    assert window.limit == limit
 
 
 @pytest.mark.parametrize("together", [2, 6])

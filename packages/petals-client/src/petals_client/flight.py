@@ -66,7 +66,7 @@ class Flight:
         self.num_begun += 1
         self._is_interrupted = False
         self._sent_s.clear()
-        self.window.num_in_flight = 0
+        self.window.begin_again()
         self.news_s = time.perf_counter()
 
     def sent(self, number: int) -> None:

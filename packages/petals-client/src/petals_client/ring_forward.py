@@ -199,7 +199,9 @@ class RingForward:
             link_bytes_per_s=rate,
             server_token_s=session.token_s,
         )
-        join_tokens = choose_join_tokens(sum(num_tokens), num_hops) if options.micro_batch_tokens is None else None
+        join_tokens = None
+        if options.micro_batch_tokens is None:
+            join_tokens = min(options.max_tokens_per_request, choose_join_tokens(sum(num_tokens), num_hops))
         inputs = []
         places: list[tuple[int, int, list[tuple[StepRequest, Part]]]] = []
         for each, sizes_of_parts in zip(micro_batches, sizes, strict=True):

@@ -248,16 +248,20 @@ class HopSession:
             self._on_failure(self, error)
 
 
-def request_of(step: Step) -> StepRequest:
-    """What a step asks for."""
-    return StepRequest(
+def is_of_request(step: Step, request: StepRequest) -> bool:
+    """Whether a step that a server passes on asks for what it was sent to ask for.
+
+    Of how many tokens may be joined a server need not know.
+    """
+    asked = StepRequest(
         keep=step.keep,
         row_tokens=step.row_tokens,
         row_order=step.row_order,
         position_runs=step.position_runs,
         wanted=step.wanted,
-        join_tokens=step.join_tokens,
+        join_tokens=request.join_tokens,
     )
+    return asked == request
 
 
 def make_step(

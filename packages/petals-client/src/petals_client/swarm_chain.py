@@ -268,7 +268,8 @@ class SwarmChainSession:
             step, session = [(request, states)], self._session
             return decode_states(self._thread.call(lambda caller: session.begin_step(step, caller))[0])
         if len(sizes) > 1 and self._options.part_tokens is None:
-            request = replace(request, join_tokens=choose_join_tokens(hidden.shape[0], len(self._session.chain)))
+            most = choose_join_tokens(hidden.shape[0], len(self._session.chain))
+            request = replace(request, join_tokens=min(self._options.max_tokens_per_request, most))
         parts = split_columns(request, *sizes)
         inputs = [(step, encode_states(take_part(hidden, part), self._options, rate)) for step, part in parts]
         return join_parts(hidden, parts, self._thread.run(self._session.step(inputs)))

@@ -19,9 +19,9 @@ from petals_client.session import (
     PARTS_BACKLOG_BYTES,
     HopSession,
     States,
+    is_of_request,
     make_step,
     read_states,
-    request_of,
 )
 from petals_client.step_notes import StepNotes
 from petals_client.swarm import Servers, Swarm, slowest_token_s
@@ -341,7 +341,7 @@ class SwarmSession:
         part = None if flight is None else flight.find(step.step)
         if part is not None:
             request, sent = part
-            if request != request_of(step):
+            if not is_of_request(step, request):
                 raise ProtocolError(f"the server passed step {step.step} on as another one than it was sent")
             spec = sent.spec
         return read_states(message, step.tensors, spec)

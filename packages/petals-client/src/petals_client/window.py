@@ -39,6 +39,8 @@ _GAIN = 1.25
 """Above what just fills the chain, because trips and rates vary. What is more only waits at the servers, of which those
 behind then get their work later."""
 _WEIGHT = 1 / 8
+_MAX_WAITING_S = 10.0
+"""Parts that wait only so that they can be joined take servers no longer, far from a step's deadline."""
 
 
 def choose_part_sizes(
@@ -193,7 +195,9 @@ class FlightWindow:
             join_tokens: of parts that a server may compute at once.
         """
         joined = max(1, join_tokens // part_tokens)
-        self._floor = num_hops * (2 * joined - 1) + 2  # a server has them all while it computes as many
+        self._least = num_hops + 2
+        self._to_join = num_hops * (2 * joined - 1) + 2
+        """Each server has as many as it may join while it computes as many."""
         self.limit = _FIRST_PARTS_PER_STAGE * (2 * num_hops + 1)
         self.num_in_flight = 0
         self._largest = 0
@@ -222,6 +226,12 @@ class FlightWindow:
             self._mean_tokens += (num_tokens - self._mean_tokens) * _WEIGHT
             self._mean_s += (now_s - self._last_s - self._mean_s) * _WEIGHT
             token_s = max(1e-6, self._mean_s / self._mean_tokens)
-            full = self._least_trip_s / token_s / self._largest
-            self.limit = min(_MAX_IN_FLIGHT, max(self._floor, math.ceil(_GAIN * full)))
+            part_s = token_s * self._largest
+            to_join = min(self._to_join, int(_MAX_WAITING_S / part_s))
+            self.limit = min(_MAX_IN_FLIGHT, max(self._least, to_join, math.ceil(_GAIN * self._least_trip_s / part_s)))
         self._last_s = now_s
+
+    def begin_again(self) -> None:
+        """Nothing is under way, and what comes next says nothing of the rate."""
+        self.num_in_flight = 0
+        self._last_s = None

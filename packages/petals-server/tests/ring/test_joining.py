@@ -247,7 +247,8 @@ def test_those_before_one_that_is_refused_are_served(
             await until(lambda: not client.server.holding.handler.ring._sessions)
             session = await client.open(max_length=max_length)
             await first_alone(client, session.stream, steps)
-            for reply, (states,) in zip(await receive(session.stream, steps[:2]), expected[:2], strict=True):
+            replies = await receive(session.stream, steps[:2])
+            for reply, (states,) in zip(replies, expected[:2], strict=True):
                 torch.testing.assert_close(tensor(reply), states, rtol=1e-4, atol=1e-5)
             with pytest.raises(error) as caught:
                 await session.stream.receive(timeout_s=TIMEOUT_S)
