@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 
 _BACKLOG_BYTES: Final = 4 * MIB
 """Outputs of one session that wait for the network before the next step is computed."""
-_PARTS_BACKLOG_BYTES: Final = MIB // 2
-"""The same for parts that may be joined, of which many are under way: what waits here when another server is lost is in
-the way of what comes next."""
 
 
 class Outlet:
@@ -120,8 +117,7 @@ class Outlet:
         stream = self._stream or self._client
         stream.priority = Priority.of_step(sum(step.row_tokens))
         try:
-            backlog_bytes = _BACKLOG_BYTES if step.join_tokens is None else _PARTS_BACKLOG_BYTES
-            await stream.send(step, states.payload, backlog_bytes=backlog_bytes)
+            await stream.send(step, states.payload, backlog_bytes=_BACKLOG_BYTES)
         except PetalsError as error:
             if stream is self._client:
                 raise
