@@ -103,6 +103,7 @@ async def recorded(*, has_cache: bool) -> AsyncIterator[tuple[Stream, list[list[
         ({2: {"row_order": (0,)}}, [[0], [1], [2, 3]]),
         ({1: {"position_runs": (((9, 1),),)}}, [[0], [1], [2, 3]]),
         ({1: {"row_tokens": (0,)}, 2: {"row_tokens": (0,), "keep": 2}, 3: {"keep": 2}}, [[0], [1, 2, 3]]),
+        ({1: {"row_tokens": (0,)}, 2: {"row_tokens": (0,), "keep": 2, "join_tokens": 1}}, [[0], [1], [2], [3]]),
         ({3: {"row_tokens": (1, 1)}}, [[0], [1, 2], [3]]),
     ],
 )
