@@ -42,11 +42,12 @@ def test_columns(row_tokens: tuple[int, ...], max_tokens: list[int], wanted: int
     assert positions == [list(range(10 * row, 10 * row + count)) for row, count in enumerate(row_tokens)]
 
 
-def test_smaller_parts_are_not_joined_with_those_before() -> None:
+def test_smaller_parts_are_joined_only_with_each_other() -> None:
     request = StepRequest(keep=0, row_tokens=(30,), join_tokens=16)
     parts = split_columns(request, 2, 4, 8, 8, 5, 3)
-    assert [sum(step.row_tokens) for step, _ in parts if step.join_tokens == 16] == [2, 4, 8, 8]
-    assert [sum(step.row_tokens) for step, _ in parts if step.join_tokens is None] == [5, 3]
+    assert [(sum(step.row_tokens), step.join_tokens) for step, _ in parts] == [
+        (2, 16), (4, 16), (8, 16), (8, 16), (5, None), (3, 16),
+    ]  # fmt: skip
 
 
 @settings(max_examples=60)

@@ -31,9 +31,9 @@ def simulate(stages_s: list[float], delay_s: float, num_parts: int) -> tuple[flo
         at_s = now_s
         for index, stage_s in enumerate(stages_s):
             at_s = free_s[index] = max(at_s + delay_s, free_s[index]) + stage_s
-        window.sent()
+        window.sent(64)
         under_way.append((now_s, at_s))
-        most = max(most, window.num_in_flight)
+        most = max(most, window.tokens_in_flight // 64)
     return under_way[-1][1], most
 
 
@@ -157,40 +157,54 @@ def test_trips_of_small_parts_say_nothing_of_large_ones() -> None:
     """A link takes a part whole before the next server begins, so a large one is under way for longer."""
     window = FlightWindow(3, part_tokens=128)
     for number in range(30):
-        window.sent()
-        window.done(num_tokens=32 if number < 2 else 128, trip_s=0.2 if number < 2 else 0.8, now_s=0.1 * number)
-    assert 0.8 / 0.1 <= window.limit <= 2 * 0.8 / 0.1 + 1
+        num_tokens, trip_s = (32, 0.2) if number < 2 else (128, 0.8)
+        window.sent(num_tokens)
+        window.done(num_tokens=num_tokens, trip_s=trip_s, now_s=0.1 * number)
+    assert 0.8 / 0.1 <= window.limit_tokens / 128 <= 2 * 0.8 / 0.1 + 1
 
 
 @pytest.mark.parametrize(("join_tokens", "least"), [(1, 3), (64, 3), (128, 3 * 3), (192, 3 * 5)])
 def test_servers_that_are_slow_have_parts_to_join(join_tokens: int, least: int) -> None:
     window = FlightWindow(3, part_tokens=64, join_tokens=join_tokens)
     for number in range(30):
-        window.sent()
+        window.sent(64)
         window.done(num_tokens=64, trip_s=0.1, now_s=0.1 * number)
-    assert window.limit == least + 2
+    assert window.limit_tokens == (least + 2) * 64
 
 
 def test_little_waits_to_be_joined_where_that_would_take_long() -> None:
     window = FlightWindow(3, part_tokens=32, join_tokens=256)
     for number in range(60):
-        window.sent()
+        window.sent(32)
         window.done(num_tokens=32, trip_s=2.0, now_s=1.0 * number)
-    assert window.limit == 10
+    assert window.limit_tokens == 10 * 32
+
+
+def test_small_parts_fill_nothing() -> None:
+    """All of a prompt's last parts may be under way while as many of the full size are not."""
+    window = FlightWindow(3, part_tokens=128)
+    for number in range(30):
+        window.sent(128)
+        window.done(num_tokens=128, trip_s=0.1, now_s=0.1 * number)
+    num_sent = 0
+    while window.has_room:
+        window.sent(8)
+        num_sent += 1
+    assert num_sent == 5 * 16
 
 
 def test_an_interruption_says_nothing_of_the_rate() -> None:
     window = FlightWindow(3, part_tokens=64)
     for number in range(60):
-        window.sent()
+        window.sent(64)
         window.done(num_tokens=64, trip_s=1.0, now_s=0.1 * number)
-    limit = window.limit
+    limit_tokens = window.limit_tokens
     window.begin_again()
-    assert window.num_in_flight == 0
+    assert window.tokens_in_flight == 0
     for number in range(2):
-        window.sent()
+        window.sent(64)
         window.done(num_tokens=64, trip_s=1.0, now_s=100 + 0.1 * number)
-    assert window.limit == limit
+    assert window.limit_tokens == limit_tokens
 
 
 @pytest.mark.parametrize("together", [2, 6])
@@ -198,12 +212,12 @@ def test_results_that_come_together_do_not_look_like_a_fast_chain(together: int)
     """Some parts in a moment and then none for as long as these take: the rate is that of all."""
     window = FlightWindow(3, part_tokens=64)
     for number in range(80):
-        window.sent()
+        window.sent(64)
         window.done(
             num_tokens=64, trip_s=0.6, now_s=0.1 * together * (number // together) + 0.0001 * (number % together)
         )
         if number > 40:
-            assert 0.5 * 0.6 / 0.1 <= window.limit <= 2 * 0.6 / 0.1
+            assert 0.5 * 0.6 / 0.1 <= window.limit_tokens / 64 <= 2 * 0.6 / 0.1
 
 
 @pytest.mark.parametrize(("token_bytes", "first"), [(512, 8), (2048, 6), (4096, 3), (28_672, 3)])

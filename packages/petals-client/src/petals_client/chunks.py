@@ -32,7 +32,7 @@ def split_columns(request: StepRequest, *max_tokens: int) -> list[tuple[StepRequ
     num_rows = sum(count > 0 for count in row_tokens)
     starts = _starts(row_tokens)
     parts: list[tuple[StepRequest, Part]] = []
-    right = 0
+    right, shrinks = 0, False
     while right < num_columns:
         left = right
         num_tokens = max_tokens[min(len(parts), len(max_tokens) - 1)]
@@ -50,8 +50,8 @@ def split_columns(request: StepRequest, *max_tokens: int) -> list[tuple[StepRequ
         wanted = request.wanted
         if wanted is not None:
             wanted = min(max(0, wanted - (num_columns - right)), right - left)
-        # Parts shrink towards the end so that servers end soon after each other.
-        is_smaller = bool(parts) and sum(counts) < sum(parts[-1][1].row_tokens)
+        # Parts shrink towards the end so that servers end soon after each other: they are not joined with larger ones.
+        shrank, shrinks = shrinks, bool(parts) and sum(counts) < sum(parts[-1][1].row_tokens)
         step = replace(
             request,
             keep=request.keep + left,
@@ -59,7 +59,7 @@ def split_columns(request: StepRequest, *max_tokens: int) -> list[tuple[StepRequ
             row_order=request.row_order if left == 0 else None,
             position_runs=part.position_runs,
             wanted=wanted,
-            join_tokens=None if is_smaller else request.join_tokens,
+            join_tokens=None if shrinks and not shrank else request.join_tokens,
         )
         parts.append((step, part))
     return parts

@@ -72,7 +72,7 @@ class Flight:
     def sent(self, number: int) -> None:
         """A part was sent."""
         self._sent_s[number] = time.perf_counter()
-        self.window.sent()
+        self.window.sent(self.parts[number - self.first_number][1].spec.shape[0])
 
     def is_silent(self, number: int) -> bool:
         """Whether a part comes back without states."""

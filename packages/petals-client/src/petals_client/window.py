@@ -182,7 +182,8 @@ def _stage_tokens(num_tokens: int, num_hops: int, num_parts: int) -> int:
 class FlightWindow:
     """Parts that may be under way: what the chain holds at its rate and delay, so that nothing waits in vain.
 
-    And no fewer than the servers may compute at once, because parts that wait for slow ones are joined.
+    And no fewer than the servers may compute at once, because parts that wait for slow ones are joined. Counted in
+    tokens: small parts, with which a prompt begins and ends, fill nothing.
 
     The rate is that of the results; the delay the shortest trip of a part of the largest size, because every link takes
     a part whole before the next server begins with it.
@@ -195,11 +196,12 @@ class FlightWindow:
             join_tokens: of parts that a server may compute at once.
         """
         joined = max(1, join_tokens // part_tokens)
-        self._least = num_hops + 2
-        self._to_join = num_hops * (2 * joined - 1) + 2
+        self._part_tokens = part_tokens
+        self._least = (num_hops + 2) * part_tokens
+        self._to_join = (num_hops * (2 * joined - 1) + 2) * part_tokens
         """Each server has as many as it may join while it computes as many."""
-        self.limit = _FIRST_PARTS_PER_STAGE * (2 * num_hops + 1)
-        self.num_in_flight = 0
+        self.limit_tokens = _FIRST_PARTS_PER_STAGE * (2 * num_hops + 1) * part_tokens
+        self.tokens_in_flight = 0
         self._largest = 0
         self._least_trip_s = math.inf
         self._mean_tokens = self._mean_s = 0.0
@@ -209,15 +211,15 @@ class FlightWindow:
     @property
     def has_room(self) -> bool:
         """Whether another part may be sent."""
-        return self.num_in_flight < self.limit
+        return self.tokens_in_flight < self.limit_tokens
 
-    def sent(self) -> None:
+    def sent(self, num_tokens: int) -> None:
         """A part was sent."""
-        self.num_in_flight += 1
+        self.tokens_in_flight += num_tokens
 
     def done(self, *, num_tokens: int, trip_s: float, now_s: float) -> None:
         """A part came back, ``trip_s`` after it was sent."""
-        self.num_in_flight -= 1
+        self.tokens_in_flight -= num_tokens
         if num_tokens > self._largest:
             self._largest, self._least_trip_s = num_tokens, trip_s
         elif num_tokens == self._largest:
@@ -226,12 +228,12 @@ class FlightWindow:
             self._mean_tokens += (num_tokens - self._mean_tokens) * _WEIGHT
             self._mean_s += (now_s - self._last_s - self._mean_s) * _WEIGHT
             token_s = max(1e-6, self._mean_s / self._mean_tokens)
-            part_s = token_s * self._largest
-            to_join = min(self._to_join, int(_MAX_WAITING_S / part_s))
-            self.limit = min(_MAX_IN_FLIGHT, max(self._least, to_join, math.ceil(_GAIN * self._least_trip_s / part_s)))
+            to_join = min(self._to_join, int(_MAX_WAITING_S / token_s))
+            to_fill = math.ceil(_GAIN * self._least_trip_s / token_s)
+            self.limit_tokens = min(_MAX_IN_FLIGHT * self._part_tokens, max(self._least, to_join, to_fill))
         self._last_s = now_s
 
     def begin_again(self) -> None:
         """Nothing is under way, and what comes next says nothing of the rate."""
-        self.num_in_flight = 0
+        self.tokens_in_flight = 0
         self._last_s = None

@@ -198,13 +198,14 @@ class SessionRequests:
                 await self._serve_steps(place, session, reservation, [each])
             return
         token_s = work.compute_s / max(1, work.num_tokens)
-        for each, result in zip(steps, results, strict=True):
+        for index, (each, result) in enumerate(zip(steps, results, strict=True)):
             await place.deliver(
                 each.step,
                 States(spec=result.spec, payload=result.buffers),
                 queue_us=microseconds(work.queue_s),
                 compute_us=microseconds(token_s * sum(each.step.row_tokens)),
                 deadline_s=each.deadline_s,
+                is_followed=index + 1 < len(steps),
             )
             self._note(reservation, each.step, session)
 

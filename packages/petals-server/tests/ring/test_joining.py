@@ -19,12 +19,12 @@ from petals_core.net.stream import Stream
 from petals_core.tensors.codec import Encoding, TensorSpec, encode
 from petals_core.testing.network import address_of, dialing, run_clean, serving
 from petals_core.wire.frames import Priority
-from petals_core.wire.messages import Message, NewAttempt, Step, StepResult
+from petals_core.wire.messages import Message, NewAttempt, Routed, Step, StepResult
 from petals_server.ring.kept_outputs import KeptOutputs
 from petals_server.ring.next_hops import NextHops
 from petals_server.ring.session import Received, RingSession
 from petals_server.testing import TIMEOUT_S, Client, random_states, served, until
-from petals_server.testing.ring import IDS, by_hand, chain, connect, tensor
+from petals_server.testing.ring import IDS, ask, by_hand, chain, connect, route, tensor
 
 JOIN_TOKENS = 64
 Rows = Sequence[torch.Tensor]
@@ -64,16 +64,20 @@ def cut(hidden_RNH: torch.Tensor, lengths: Sequence[int]) -> list[Rows]:  # noqa
 
 
 @asynccontextmanager
-async def recorded(*, has_cache: bool) -> AsyncIterator[tuple[Stream, list[list[int]]]]:
-    """A session that computes nothing: its client's stream, and the numbers of steps that it is given together.
+async def recorded(
+    *, has_cache: bool, num_waiting: int = 3, token_s: float = 0.0
+) -> AsyncIterator[tuple[Stream, list[list[int]], list[RingSession]]]:
+    """A session that computes nothing: its client's stream, the numbers of steps that it is given together, and itself.
 
-    The first is held until three others wait.
+    The first is held until others wait. It seems to have taken ``token_s`` for each token.
     """
     groups: list[list[int]] = []
+    places: list[RingSession] = []
 
     async def handle(place: RingSession, steps: Sequence[Received]) -> None:
         groups.append([each.step.step for each in steps])
-        await until(lambda: len(groups) > 1 or len(place._arrivals._queue) == 3)
+        place._token_s = token_s
+        await until(lambda: len(groups) > 1 or len(place._arrivals._queue) == num_waiting)
 
     async with dialing() as dialer:
 
@@ -83,11 +87,12 @@ async def recorded(*, has_cache: bool) -> AsyncIterator[tuple[Stream, list[list[
             ring = RingSession(
                 stream, next_hops=next_hops, outputs=outputs, has_cache=has_cache, route_timeout_s=TIMEOUT_S
             )
+            places.append(ring)
             await ring.run(handle, max_idle_s=TIMEOUT_S)
 
         async with serving(serve) as listener, dialing() as other:
             connection = await other.connect([address_of(listener)], peer_id=listener.peer_id)
-            yield connection.open_stream(Priority.DECODE), groups
+            yield connection.open_stream(Priority.DECODE), groups, places
 
 
 @pytest.mark.parametrize(
@@ -116,13 +121,63 @@ def test_which_steps_are_joined(changes: dict[int, dict[str, Any]], groups: list
     )
 
     async def run() -> None:
-        async with recorded(has_cache=has_cache) as (stream, seen):
+        async with recorded(has_cache=has_cache) as (stream, seen, _):
             await stream.send(*steps[0])
             await until(lambda: seen == [[0]])
             for step in steps[1:]:
                 await stream.send(*step)
             await until(lambda: seen[-1][-1] == 3)
             assert seen == (groups if has_cache else [[each] for group in groups for each in group])
+            stream.cancel()
+
+    run_clean(run())
+
+
+def has_taken(place: RingSession, number: int) -> bool:
+    """Whether a step has come, and nothing waits."""
+    return place.progress().received == number and not place._arrivals._queue
+
+
+@pytest.mark.parametrize(
+    ("change", "token_s", "groups"),
+    [
+        ({"is_followed": True}, TIMEOUT_S, [[0], [1, 2]]),
+        ({"is_followed": True}, 0.0, [[0], [1], [2]]),
+        ({"is_followed": True, "join_tokens": 2}, TIMEOUT_S, [[0], [1], [2]]),
+        ({}, TIMEOUT_S, [[0], [1], [2]]),
+    ],
+    ids=["slow server", "fast server", "full group", "nothing follows"],
+)
+def test_one_that_is_to_follow_is_waited_for(change: dict[str, Any], token_s: float, groups: list[list[int]]) -> None:
+    """As long as computing would take the one that is there, and as long as another one may be joined with that."""
+    steps = as_steps([[torch.zeros(2, 4)]] * 3, {}, change)
+
+    async def run() -> None:
+        async with recorded(has_cache=True, num_waiting=1, token_s=token_s) as (stream, seen, places):
+            await stream.send(*steps[0])
+            await until(lambda: seen == [[0]])
+            await stream.send(*steps[1])
+            await until(lambda: seen == groups[:-1] and has_taken(places[0], 1))
+            await stream.send(*steps[2])
+            await until(lambda: seen[-1][-1] == 2)
+            assert seen == groups
+            stream.cancel()
+
+    run_clean(run())
+
+
+def test_another_attempt_ends_the_waiting() -> None:
+    steps = as_steps([[torch.zeros(2, 4)]] * 2, {}, {"is_followed": True})
+
+    async def run() -> None:
+        async with recorded(has_cache=True, num_waiting=1, token_s=TIMEOUT_S) as (stream, seen, places):
+            await stream.send(*steps[0])
+            await until(lambda: seen == [[0]])
+            await stream.send(*steps[1])
+            await until(lambda: has_taken(places[0], 1))
+            await stream.send(*as_step(1, [torch.zeros(2, 4)], keep=2, attempt=1))
+            await until(lambda: len(seen) == 2)
+            assert seen == [[0], [1]]
             stream.cancel()
 
     run_clean(run())
@@ -201,6 +256,21 @@ def test_results_are_those_of_each_step(family: str, num_rows: int, request: pyt
             assert_joined(replies[1:], steps[1:])
             for reply, each in zip(replies, expected, strict=True):
                 torch.testing.assert_close(tensor(reply), each, rtol=1e-3, atol=2e-4)
+
+    run_clean(run())
+
+
+def test_those_that_were_joined_are_passed_on_as_such(checkpoint: Path) -> None:
+    """By a server that reaches no next one, so that its client sees what that would get."""
+    steps = as_steps(cut(random_states(1, 8), [2, 1, 2, 3]))
+
+    async def run() -> None:
+        async with chain(checkpoint) as (to_first, _, session, _):
+            await ask(to_first, route(0), Routed)
+            await first_alone(to_first, session.stream, steps)
+            passed = [(await session.stream.receive(timeout_s=TIMEOUT_S)).body for _ in steps]
+            assert all(isinstance(step, Step) for step in passed)
+            assert [step.is_followed for step in passed] == [None, True, True, None]
 
     run_clean(run())
 

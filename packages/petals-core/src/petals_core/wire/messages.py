@@ -159,6 +159,8 @@ class Step:
     join_tokens: int | None = ruled(schema.optional(schema.integer(1, MAX_JOINED_TOKENS)), default=None)
     """A server may compute it at once with the steps before it that it continues, where all of them wait there and have
     no more tokens than these together; None: by itself."""
+    is_followed: bool | None = ruled(schema.optional(schema.boolean), default=None)
+    """One that continues it, and was computed with it, comes right behind: it is worth while to wait for that."""
     hops: tuple[tuple[int, int, int], ...] | None = ruled(schema.optional(_hops), default=None)
 
 

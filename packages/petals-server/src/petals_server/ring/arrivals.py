@@ -175,14 +175,24 @@ class Arrivals:
     async def take(self) -> Arrival | WaitingReplay:
         """What is to be done next, once there is something; a message's credit goes back."""
         if not self._queue:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            await self._wait()
         item = self._queue.popleft()
         if isinstance(item, Arrival):
             item.accept()
         else:
             self._num_replays -= 1
         return item
+
+    async def wait(self, timeout_s: float) -> None:
+        """Wait until there is something to be done next, at most so long."""
+        if not self._queue:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._wait()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
     def next(self) -> Arrival | None:
         """What :meth:`take` would return now, if that is a message."""

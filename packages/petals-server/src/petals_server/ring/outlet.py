@@ -64,8 +64,20 @@ class Outlet:
         if self._stream is not None:
             self._stream.cancel()
 
-    async def send(self, step: Step, output: States, *, queue_us: int, compute_us: int, deadline_s: float) -> None:
+    async def send(
+        self,
+        step: Step,
+        output: States,
+        *,
+        queue_us: int,
+        compute_us: int,
+        deadline_s: float,
+        is_followed: bool = False,
+    ) -> None:
         """Send what came of a step where it belongs, with the times that it took; what is not wanted does not travel.
+
+        Args:
+            is_followed: what came of one that was computed with it, and continues it, comes right behind.
 
         Raises:
             PetalsError: the client is gone.
@@ -104,6 +116,7 @@ class Outlet:
             passes=None if step.passes is None else step.passes - 1,
             wanted=step.wanted,
             join_tokens=step.join_tokens,
+            is_followed=is_followed or None,
             hops=hops,
         )
         await self.pass_on(passed, output)

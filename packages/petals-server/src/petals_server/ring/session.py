@@ -81,6 +81,8 @@ class RingSession:
         self._has_cache = has_cache
         self._route_timeout_s = route_timeout_s
         self._failed_attempt = -1
+        self._token_s = 0.0
+        """What computing took lately for one token."""
         self._worked_s = time.monotonic()
         """When a step was last done."""
         self._routing = asyncio.Lock()
@@ -152,6 +154,8 @@ class RingSession:
         steps = [Received(step, arrival.event.message, arrival.arrived_s)]
         if self._has_cache:
             await self._join(steps, arrival.stream)
+            if step.attempt < self._arrivals.attempt:
+                return
         try:
             await handle(self, steps)
         except PetalsError as error:
@@ -159,10 +163,20 @@ class RingSession:
         self._worked_s = time.monotonic()
 
     async def _join(self, steps: list[Received], stream: Stream) -> None:
-        """Take what is to be done next as well, as long as it came the same way and may be joined with these steps."""
+        """Take what is to be done next as well, as long as it came the same way and may be joined with these steps.
+
+        For one that is said to come it waits no longer than computing the last of these would take: nothing is won
+        where they come more slowly.
+        """
         num_tokens = max(1, sum(steps[0].step.row_tokens))
-        while (arrival := self._arrivals.next()) is not None and arrival.stream is stream:
-            message, last = arrival.event.message, steps[-1].step
+        while True:
+            last = steps[-1].step
+            if last.is_followed and num_tokens < (last.join_tokens or 0):
+                await self._arrivals.wait(self._token_s * sum(last.row_tokens))
+            arrival = self._arrivals.next()
+            if arrival is None or arrival.stream is not stream:
+                return
+            message = arrival.event.message
             step = message.body
             if not isinstance(step, Step) or step.attempt != last.attempt or not continues(step, last):
                 return
@@ -195,18 +209,35 @@ class RingSession:
         with contextlib.suppress(PetalsError):  # the client is gone, which ends the session
             await self._stream.fail(error, end=False)
 
-    async def deliver(self, step: Step, output: States, *, queue_us: int, compute_us: int, deadline_s: float) -> None:
-        """Send a step's output where it belongs, and keep it where it may be needed again.
+    async def deliver(
+        self,
+        step: Step,
+        output: States,
+        *,
+        queue_us: int,
+        compute_us: int,
+        deadline_s: float,
+        is_followed: bool = False,
+    ) -> None:
+        """Send a step's output where it belongs, and keep it where it may be needed again; see :meth:`Outlet.send`.
 
         Raises:
             PetalsError: the client or the next server is gone.
         """
         self.applied = step.step
+        self._token_s = compute_us / 1e6 / max(1, sum(step.row_tokens))
         self._arrivals.note_computed(step)
         is_to_be_kept = self._has_cache and not self._outlet.is_last
         try:
             if step.attempt >= self._arrivals.attempt:  # else the client has begun anew, and sends it again
-                await self._outlet.send(step, output, queue_us=queue_us, compute_us=compute_us, deadline_s=deadline_s)
+                await self._outlet.send(
+                    step,
+                    output,
+                    queue_us=queue_us,
+                    compute_us=compute_us,
+                    deadline_s=deadline_s,
+                    is_followed=is_followed,
+                )
         finally:
             if is_to_be_kept:
                 self._outputs.keep(self._kept, step, output)
