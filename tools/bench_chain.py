@@ -4,12 +4,12 @@ Runs itself in the network lab (docs/network-lab.md): a client and three servers
 between them. *Decoding*, 50 ms one way between any two hosts: a step should take the one-way delays around the ring and
 the computing, and next to nothing more. *Prefill* of 2,048 tokens, 20 ms one way, at two rates: in parts that follow
 each other through the chain, and in one piece; beside the slowest stage, a link or all computing together (the servers
-share this machine's cores, so it is measured with all of them at work), and beside the processor time that everything
-in the lab took meanwhile, the router and the encryption included; and on hosts whose kernels let connections keep their
-windows in pauses; and in parts on links that lose packets. Servers are started anew for each rate, because connections
-remember what a slower link took. *Forward* of as many tokens in 16 rows, without a session
-and gradients: around the ring in parts, and in one piece. Compression is off, so that the bytes are those of the
-states. Needs root.
+share this machine's cores, so it is measured with all of them at work; before and after the others, as a machine's
+speed may change), and beside the processor time that everything in the lab took meanwhile, the router and the
+encryption included; and on hosts whose kernels let connections keep their windows in pauses; and in parts on links that
+lose packets. Servers are started anew for each rate, because connections remember what a slower link took. *Forward* of
+as many tokens in 16 rows, without a session and gradients: around the ring in parts, and in one piece. Compression is
+off, so that the bytes are those of the states. Needs root.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ class Prefill:
     alone_s: float
     """Computing of all servers, one after another for the prompt in one piece, over the number of cores."""
     compute_s: float
-    """Computing of all servers together on the cores that they share: see ``measure_computing``."""
+    """Computing of all servers together on the cores that they share: see ``measure_computing``. The mean of before and
+    after everything else."""
     work_s: float
     """Processor time of the whole lab while the prompt went in parts, over the number of cores."""
     kept_s: float
@@ -202,7 +203,9 @@ def computing_time_s(servers: Sequence[local_swarm.Process]) -> dict[tuple[int, 
     return times_s
 
 
-def measure_computing(models: Sequence[Any], servers: Sequence[local_swarm.Process], num_runs: int) -> float:
+def measure_computing(
+    console: Console, folder: Path, address: str, servers: Sequence[local_swarm.Process], num_runs: int
+) -> float:
     """Seconds in which this machine's cores compute a prompt, in one piece in each server, with all of them at work.
 
     As many prompts are under way as there are cores, on a network that does not count: cores share caches and memory,
@@ -214,13 +217,21 @@ def measure_computing(models: Sequence[Any], servers: Sequence[local_swarm.Proce
         for run in range(num_runs):
             prefill(model, run)
 
+    change_network(delay="0ms", rate="unlimited")
+    models = [load(folder, address, PREFILL_TOKENS) for _ in range(min(NUM_CORES, len(servers)))]
+    for model in models:
+        prefill(model, 0)
     before = computing_time_s(servers)
     with ThreadPoolExecutor(len(models)) as clients:
         list(clients.map(send, models))
     after = computing_time_s(servers)
     spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in after.items()}
     per_server = [max(s for (place, _), s in spent.items() if place == number) for number in range(len(servers))]
-    return sum(per_server) / (num_runs * len(models)) / min(NUM_CORES, len(servers))
+    for model in models:
+        model.close()
+    prompt_s = sum(per_server) / (num_runs * len(models)) / min(NUM_CORES, len(servers))
+    console.print(f"  {prompt_s:.2f} s of computing for a prompt on all cores", style="dim")
+    return prompt_s
 
 
 @torch.inference_mode()
@@ -294,14 +305,6 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
         change_network(delay="0ms", rate="unlimited")
         swarm.start_bootstrap(place=place("a"))
         processes = start_servers(swarm, folder)
-        console.print("computing", style="dim")
-        wholes = [load(folder, swarm.address, PREFILL_TOKENS) for _ in range(min(NUM_CORES, len(processes)))]
-        for model in wholes:
-            prefill(model, 0)
-        compute_s = measure_computing(wholes, processes, options.runs)
-        for model in wholes:
-            model.close()
-        console.print(f"  {compute_s:.2f} s for a prompt on all cores", style="dim")
         console.print("decoding", style="dim")
         change_network(delay=f"{500 * ONE_WAY_S:g}ms", rate="unlimited")
         model = load(folder, swarm.address, None)
@@ -311,6 +314,7 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
         )
         hidden_size = model.config.hidden_size
         model.close()
+        computing_s = [measure_computing(console, folder, swarm.address, processes, options.runs)]
         figures: list[Prefill] = []
         batches: list[Batch] = []
         for rate_mbit in options.rates:
@@ -319,8 +323,7 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
             processes = start_servers(swarm, folder)
             change_network(delay=f"{500 * PREFILL_ONE_WAY_S:g}ms", rate=f"{rate_mbit}mbit")
             pipelined, whole = load(folder, swarm.address, None), load(folder, swarm.address, PREFILL_TOKENS)
-            figures.append(measure_prefill(pipelined, whole, rate_mbit, hidden_size, options.runs, compute_s))
-            last = figures[-1]
+            last = measure_prefill(pipelined, whole, rate_mbit, hidden_size, options.runs, computing_s[-1])
             console.print(f"  {last.whole_s:.2f} s in one piece, {last.parts_s:.2f} s in parts", style="dim")
             batches.append(measure_forward(pipelined, whole, rate_mbit, options.runs))
             console.print(
@@ -329,7 +332,12 @@ def measure(console: Console, options: argparse.Namespace) -> tuple[Decoding, li
             )
             pipelined.close()
             whole.close()
+            computing_s.append(measure_computing(console, folder, swarm.address, processes, options.runs))
+            figures.append(replace(last, compute_s=statistics.mean(computing_s[-2:])))
         losses = []
+        if options.lost:
+            stop_servers(processes)
+            processes = start_servers(swarm, folder)
         for lost_percent in options.lost:
             console.print(f"{lost_percent:g} % of packets lost, {max(options.rates)} Mbit/s", style="dim")
             losses.append(measure_loss(folder, swarm.address, max(options.rates), lost_percent, options.runs))

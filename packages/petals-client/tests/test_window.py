@@ -180,7 +180,7 @@ def test_little_waits_to_be_joined_where_that_would_take_long() -> None:
     assert window.limit_tokens == 10 * 32
 
 
-def test_small_parts_fill_nothing() -> None:
+def test_small_parts_fill_little() -> None:
     """All of a prompt's last parts may be under way while as many of the full size are not."""
     window = FlightWindow(3, part_tokens=128)
     for number in range(30):

@@ -183,7 +183,7 @@ class FlightWindow:
     """Parts that may be under way: what the chain holds at its rate and delay, so that nothing waits in vain.
 
     And no fewer than the servers may compute at once, because parts that wait for slow ones are joined. Counted in
-    tokens: small parts, with which a prompt begins and ends, fill nothing.
+    tokens: a prompt begins and ends with small parts, which fill little.
 
     The rate is that of the results; the delay the shortest trip of a part of the largest size, because every link takes
     a part whole before the next server begins with it.

@@ -17,6 +17,7 @@ import torch
 from petals_core.errors import InvalidRequestError, PetalsError, SessionLengthError
 from petals_core.net.stream import Stream
 from petals_core.tensors.codec import Encoding, TensorSpec, encode
+from petals_core.tensors.states import States
 from petals_core.testing.network import address_of, dialing, run_clean, serving
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import Message, NewAttempt, Routed, Step, StepResult
@@ -25,6 +26,7 @@ from petals_server.ring.next_hops import NextHops
 from petals_server.ring.session import Received, RingSession
 from petals_server.testing import TIMEOUT_S, Client, random_states, served, until
 from petals_server.testing.ring import IDS, ask, by_hand, chain, connect, route, tensor
+from petals_server.work import microseconds
 
 JOIN_TOKENS = 64
 Rows = Sequence[torch.Tensor]
@@ -65,19 +67,23 @@ def cut(hidden_RNH: torch.Tensor, lengths: Sequence[int]) -> list[Rows]:  # noqa
 
 @asynccontextmanager
 async def recorded(
-    *, has_cache: bool, num_waiting: int = 3, token_s: float = 0.0
+    *, has_cache: bool, num_waiting: int = 3, compute_s: float = 0.0
 ) -> AsyncIterator[tuple[Stream, list[list[int]], list[RingSession]]]:
-    """A session that computes nothing: its client's stream, the numbers of steps that it is given together, and itself.
+    """A session that returns what it gets: its client's stream, the numbers of steps that it is given together, and
+    itself.
 
-    The first is held until others wait. It seems to have taken ``token_s`` for each token.
+    The first is held until others wait. It says that each step took ``compute_s``.
     """
     groups: list[list[int]] = []
     places: list[RingSession] = []
 
     async def handle(place: RingSession, steps: Sequence[Received]) -> None:
         groups.append([each.step.step for each in steps])
-        place._token_s = token_s
         await until(lambda: len(groups) > 1 or len(place._arrivals._queue) == num_waiting)
+        for each in steps:
+            states = States(spec=TensorSpec.from_wire(each.step.tensors[0]), payload=[each.message.received_payload])
+            compute_us = microseconds(compute_s)
+            await place.deliver(each.step, states, queue_us=0, compute_us=compute_us, deadline_s=each.deadline_s)
 
     async with dialing() as dialer:
 
@@ -138,22 +144,32 @@ def has_taken(place: RingSession, number: int) -> bool:
     return place.progress().received == number and not place._arrivals._queue
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are to come are waited for as long as tests last."""
+    monkeypatch.setattr("petals_server.ring.session._MAX_WAIT_S", TIMEOUT_S)
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
-    ("change", "token_s", "groups"),
+    ("compute_s", "changes", "groups"),
     [
-        ({"is_followed": True}, TIMEOUT_S, [[0], [1, 2]]),
-        ({"is_followed": True}, 0.0, [[0], [1], [2]]),
-        ({"is_followed": True, "join_tokens": 2}, TIMEOUT_S, [[0], [1], [2]]),
-        ({}, TIMEOUT_S, [[0], [1], [2]]),
+        (TIMEOUT_S, [{}, {"is_followed": True}], [[0], [1, 2]]),
+        (TIMEOUT_S, [{}, {"is_followed": True, "join_tokens": None}], [[0], [1, 2]]),
+        (0.0, [{}, {"is_followed": True}], [[0], [1], [2]]),
+        (TIMEOUT_S, [{}, {"is_followed": True, "join_tokens": 3}], [[0], [1], [2]]),
+        (TIMEOUT_S, [], [[0], [1], [2]]),
     ],
-    ids=["slow server", "fast server", "full group", "nothing follows"],
+    ids=["slow server", "first of its group", "fast server", "full group", "nothing follows"],
 )
-def test_one_that_is_to_follow_is_waited_for(change: dict[str, Any], token_s: float, groups: list[list[int]]) -> None:
+def test_one_that_is_to_follow_is_waited_for(
+    compute_s: float, changes: list[dict[str, Any]], groups: list[list[int]]
+) -> None:
     """As long as computing would take the one that is there, and as long as another one may be joined with that."""
-    steps = as_steps([[torch.zeros(2, 4)]] * 3, {}, change)
+    steps = as_steps([[torch.zeros(2, 4)]] * 3, *changes)
 
     async def run() -> None:
-        async with recorded(has_cache=True, num_waiting=1, token_s=token_s) as (stream, seen, places):
+        async with recorded(has_cache=True, num_waiting=1, compute_s=compute_s) as (stream, seen, places):
             await stream.send(*steps[0])
             await until(lambda: seen == [[0]])
             await stream.send(*steps[1])
@@ -166,17 +182,35 @@ def test_one_that_is_to_follow_is_waited_for(change: dict[str, Any], token_s: fl
     run_clean(run())
 
 
+@pytest.mark.parametrize(("compute_s", "waits_s"), [(0.5, [0.25, 0.5, 0.5]), (60.0, [1.0, 1.0, 1.0])])
+def test_how_long_one_is_waited_for(compute_s: float, waits_s: list[float]) -> None:
+    """After a step of two tokens, with one, two and 64 of them at hand."""
+    steps = as_steps([[torch.zeros(2, 4)]])
+
+    async def run() -> None:
+        async with recorded(has_cache=True, num_waiting=0, compute_s=compute_s) as (stream, _, places):
+            await stream.send(*steps[0])
+            await receive(stream, steps)
+            assert [places[0]._least_s(num_tokens) for num_tokens in (1, 2, 64)] == waits_s
+            stream.cancel()
+
+    run_clean(run())
+
+
+@pytest.mark.usefixtures("patient")
 def test_another_attempt_ends_the_waiting() -> None:
     steps = as_steps([[torch.zeros(2, 4)]] * 2, {}, {"is_followed": True})
 
     async def run() -> None:
-        async with recorded(has_cache=True, num_waiting=1, token_s=TIMEOUT_S) as (stream, seen, places):
+        async with recorded(has_cache=True, num_waiting=1, compute_s=TIMEOUT_S) as (stream, seen, places):
             await stream.send(*steps[0])
             await until(lambda: seen == [[0]])
             await stream.send(*steps[1])
+            await receive(stream, steps[:1])
             await until(lambda: has_taken(places[0], 1))
             await stream.send(*as_step(1, [torch.zeros(2, 4)], keep=2, attempt=1))
-            await until(lambda: len(seen) == 2)
+            (reply,) = await receive(stream, steps[1:])
+            assert _result(reply).attempt == 1
             assert seen == [[0], [1]]
             stream.cancel()
 

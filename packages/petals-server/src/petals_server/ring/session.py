@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from petals_core.errors import (
     CacheLostError,
@@ -22,6 +23,7 @@ from petals_core.errors import (
     RemoteFailureError,
 )
 from petals_core.identity import PeerId
+from petals_core.limits import MAX_JOINED_TOKENS
 from petals_core.net.stream import Stream
 from petals_core.steps import continues, merge, straighten
 from petals_core.tensors.states import States, join_states, select_rows
@@ -32,6 +34,9 @@ from petals_server.ring.next_hops import NextHops
 from petals_server.ring.outlet import Outlet
 
 log = logging.getLogger(__name__)
+
+_MAX_WAIT_S: Final = 1.0
+"""For a step that is said to come: steps may be slow, as the first one of a server, and deadlines are near then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,8 @@ class RingSession:
         self._has_cache = has_cache
         self._route_timeout_s = route_timeout_s
         self._failed_attempt = -1
-        self._token_s = 0.0
-        """What computing took lately for one token."""
+        self._computed = 1, 0.0
+        """Tokens of the last step, and the seconds that it took."""
         self._worked_s = time.monotonic()
         """When a step was last done."""
         self._routing = asyncio.Lock()
@@ -165,14 +170,15 @@ class RingSession:
     async def _join(self, steps: list[Received], stream: Stream) -> None:
         """Take what is to be done next as well, as long as it came the same way and may be joined with these steps.
 
-        For one that is said to come it waits no longer than computing the last of these would take: nothing is won
-        where they come more slowly.
+        For one that is said to come, of which it expects to be as large as the last of these, it waits no longer than
+        computing that would take: nothing is won where they come more slowly.
         """
         num_tokens = max(1, sum(steps[0].step.row_tokens))
         while True:
             last = steps[-1].step
-            if last.is_followed and num_tokens < (last.join_tokens or 0):
-                await self._arrivals.wait(self._token_s * sum(last.row_tokens))
+            num_last = sum(last.row_tokens)
+            if last.is_followed and num_tokens + num_last <= (last.join_tokens or MAX_JOINED_TOKENS):
+                await self._arrivals.wait(self._least_s(num_last))
             arrival = self._arrivals.next()
             if arrival is None or arrival.stream is not stream:
                 return
@@ -185,6 +191,11 @@ class RingSession:
                 return
             await self._arrivals.take()
             steps.append(Received(step, message, arrival.arrived_s))
+
+    def _least_s(self, num_tokens: int) -> float:
+        """Seconds that so many tokens take, as far as the last step tells: more than it had may take less each."""
+        computed_tokens, computed_s = self._computed
+        return min(_MAX_WAIT_S, computed_s * min(1.0, num_tokens / computed_tokens))
 
     async def _read(self, arrival: Arrival) -> Step | None:
         """The step that has arrived; None if it counts no more, or is something else."""
@@ -225,7 +236,7 @@ class RingSession:
             PetalsError: the client or the next server is gone.
         """
         self.applied = step.step
-        self._token_s = compute_us / 1e6 / max(1, sum(step.row_tokens))
+        self._computed = max(1, sum(step.row_tokens)), compute_us / 1e6
         self._arrivals.note_computed(step)
         is_to_be_kept = self._has_cache and not self._outlet.is_last
         try:
