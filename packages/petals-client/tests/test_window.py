@@ -64,18 +64,6 @@ def test_parts_are_many_and_not_tiny(num_hops: int) -> None:
     assert [choose_part_tokens(num_tokens, 3) for num_tokens in (256, 512, 1024, 2048, 4096)] == [32, 64, 128, 192, 256]
 
 
-@pytest.mark.parametrize(
-    ("link_bytes_per_s", "server_token_s", "size"),
-    [(2.4e6, 0.0, 32), (2.4e6, 0.0017, 32), (2.4e6, 0.0018, 80), (12e6, 0.1, 192), (1e5, 1.0, 32)],
-)
-def test_parts_are_larger_where_servers_are_slower_than_the_link(
-    link_bytes_per_s: float, server_token_s: float, size: int
-) -> None:
-    link = {"token_bytes": 4096, "link_bytes_per_s": link_bytes_per_s, "server_token_s": server_token_s}
-    assert max(choose_part_sizes(2048, 3, max_tokens=4096, **link)) == size
-    assert max(choose_batch_sizes([2048], 3, max_tokens=4096, **link)[0]) == size
-
-
 def test_joined_parts_leave_two_for_each_stage() -> None:
     assert [choose_join_tokens(num_tokens, 3) for num_tokens in (1, 256, 512, 2048, 10**6)] == [32, 32, 64, 256, 512]
     assert choose_join_tokens(2048, 7) == 128

@@ -25,7 +25,7 @@ from petals_client.chunks import Part, split_columns, split_rows
 from petals_client.micro_batch import Leg
 from petals_client.packing import PositionRuns
 from petals_client.part_states import decode_states, encode_states, join_parts, take_part
-from petals_client.swarm import Servers, Swarm, slowest_token_s
+from petals_client.swarm import Servers, Swarm
 from petals_client.swarm_session import SwarmSession
 from petals_client.window import choose_batch_sizes, choose_batch_tokens, choose_join_tokens
 from petals_core.errors import PetalsError
@@ -136,7 +136,6 @@ class RingForward:
                 num_hops,
                 token_bytes=hidden.shape[1] * hidden.element_size(),
                 link_bytes_per_s=self._swarm.rate_bytes_per_s(branch.chain[0].peer_id),
-                server_token_s=slowest_token_s(branch.chain, self._servers),
             )
             for branch in self._branches
         )
@@ -197,7 +196,6 @@ class RingForward:
             part_tokens=options.micro_batch_tokens,
             token_bytes=token_bytes,
             link_bytes_per_s=rate,
-            server_token_s=session.token_s,
         )
         join_tokens = None
         if options.micro_batch_tokens is None:

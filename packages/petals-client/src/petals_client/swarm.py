@@ -364,11 +364,6 @@ def announced_token_s(signed: SignedAnnouncement, hop: Hop, *, is_single: bool) 
     return (hop.end - hop.start) / (announcement.end - announcement.start) / rate if rate else None
 
 
-def slowest_token_s(chain: Chain, servers: Servers) -> float:
-    """What the slowest server of a chain says that it takes for one of many tokens; 0: no one says."""
-    return max((announced_token_s(servers[hop.peer_id], hop, is_single=False) or 0.0 for hop in chain), default=0.0)
-
-
 def explain_failure(hop: Hop, error: PetalsError) -> PetalsError:
     """Say which server failed, in the error's own class."""
     text = f"server {hop.peer_id.short} (blocks {hop.start}:{hop.end}) failed: {error.message}"

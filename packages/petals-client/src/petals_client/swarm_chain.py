@@ -282,7 +282,6 @@ class SwarmChainSession:
             part_tokens=self._options.part_tokens,
             token_bytes=hidden.shape[1] * hidden.element_size(),
             link_bytes_per_s=rate,
-            server_token_s=self._session.token_s,
             round_trip_s=self._session.round_trip_s,
         )
 

@@ -24,7 +24,7 @@ from petals_client.session import (
     read_states,
 )
 from petals_client.step_notes import StepNotes
-from petals_client.swarm import Servers, Swarm, slowest_token_s
+from petals_client.swarm import Servers, Swarm
 from petals_core.errors import InvalidRequestError, PeerConnectionError, PetalsError, ProtocolError
 from petals_core.routing.graph import Chain, Hop
 from petals_core.steps import StepHistory, StepRequest
@@ -102,11 +102,6 @@ class SwarmSession:
     def rate_bytes_per_s(self) -> float | None:
         """How fast the link to the first server takes bytes; None while nothing has had to wait."""
         return self.hops[0].connection.rate_bytes_per_s if self.hops else None
-
-    @property
-    def token_s(self) -> float:
-        """What its slowest server says that it takes for one of many tokens; 0: no one says."""
-        return slowest_token_s(self.chain, {each.hop.peer_id: each.server for each in self.hops})
 
     @property
     def round_trip_s(self) -> float | None:

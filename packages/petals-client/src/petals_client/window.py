@@ -13,9 +13,9 @@ _PARTS_PER_STAGE, _MAX_PARTS_PER_STAGE = 2, 4
 But matrices of few rows are slow (``tools/bench_linear.py`` prints what they take on a CPU), so beyond two for each
 stage there are more only as long as they have ``_AMPLE_TOKENS``."""
 _AMPLE_TOKENS = 192
-_MAX_PART_S, _MAX_SLOW_PART_S = 0.075, 0.15
-"""Of a link's time for a part, which it has to take whole before the next server can begin; the second where servers
-are slower than the link, so that larger parts save more computing than that costs (``tools/bench_parts.py``)."""
+_MAX_PART_S = 0.075
+"""Of a link's time for a part, which it has to take whole before the next server can begin. Where servers are slower
+than the link parts wait there, and are joined."""
 _PART_STEP = 16
 """Sizes by a link's rate are multiples of it."""
 _UNKNOWN_PART_TOKENS = 64
@@ -51,7 +51,6 @@ def choose_part_sizes(
     part_tokens: int | None = None,
     token_bytes: int,
     link_bytes_per_s: float | None,
-    server_token_s: float = 0.0,
     round_trip_s: float | None = None,
 ) -> list[int]:
     """Tokens of each part of a prompt; ``part_tokens`` asks for equal ones.
@@ -62,7 +61,6 @@ def choose_part_sizes(
     Args:
         token_bytes: of the states of one token.
         link_bytes_per_s: what the client's link takes; None: nobody knows yet.
-        server_token_s: what the slowest server takes for one of many tokens; 0: nobody knows.
         round_trip_s: to the first server and back; None: nobody knows.
     """
     if part_tokens is not None:
@@ -70,7 +68,7 @@ def choose_part_sizes(
     size = choose_part_tokens(num_tokens, num_hops)
     most = _UNKNOWN_PART_TOKENS
     if link_bytes_per_s is not None:
-        most = most_part_tokens(token_bytes, link_bytes_per_s, server_token_s)
+        most = most_part_tokens(token_bytes, link_bytes_per_s)
     size = min(max_tokens, size, most)
     sending_s = math.inf if link_bytes_per_s is None else size * token_bytes / link_bytes_per_s
     if sending_s + (math.inf if round_trip_s is None else round_trip_s) < _NEAR_S:
@@ -90,7 +88,6 @@ def choose_batch_sizes(
     part_tokens: int | None = None,
     token_bytes: int,
     link_bytes_per_s: float | None,
-    server_token_s: float = 0.0,
 ) -> list[list[int]]:
     """Tokens of the parts of each micro-batch, of which one follows another: as of a prompt of all their tokens, but no
     part is of two micro-batches.
@@ -99,7 +96,7 @@ def choose_batch_sizes(
     how much is computed in a second. The arguments are those of ``choose_part_sizes``.
     """
     size = part_tokens or choose_batch_tokens(sum(batches), num_hops, token_bytes=token_bytes, link_bytes_per_s=None)
-    is_fast = link_bytes_per_s is not None and size <= most_part_tokens(token_bytes, link_bytes_per_s, server_token_s)
+    is_fast = link_bytes_per_s is not None and size <= most_part_tokens(token_bytes, link_bytes_per_s)
     if is_fast or part_tokens is not None:
         return [_equal(num_tokens, min(max_tokens, size)) for num_tokens in batches]
     sizes = choose_part_sizes(
@@ -108,7 +105,6 @@ def choose_batch_sizes(
         max_tokens=max_tokens,
         token_bytes=token_bytes,
         link_bytes_per_s=link_bytes_per_s,
-        server_token_s=server_token_s,
     )
     if len(batches) == 1:
         return [sizes]
@@ -157,20 +153,17 @@ def choose_batch_tokens(
     *,
     token_bytes: int,
     link_bytes_per_s: float | None,
-    server_token_s: float = 0.0,
 ) -> int:
     """Tokens of whole rows that travel together: ample ones, unless the link is too long busy with these."""
     size = max(_AMPLE_TOKENS, choose_part_tokens(num_tokens, num_hops))
     if link_bytes_per_s is None:
         return size
-    return min(size, most_part_tokens(token_bytes, link_bytes_per_s, server_token_s))
+    return min(size, most_part_tokens(token_bytes, link_bytes_per_s))
 
 
-def most_part_tokens(token_bytes: int, link_bytes_per_s: float, server_token_s: float = 0.0) -> int:
+def most_part_tokens(token_bytes: int, link_bytes_per_s: float) -> int:
     """Tokens that a link is not too long busy with. The arguments are those of ``choose_part_sizes``."""
-    link_token_s = token_bytes / link_bytes_per_s
-    most_s = _MAX_SLOW_PART_S if server_token_s > link_token_s else _MAX_PART_S
-    num_steps = int(most_s / link_token_s / _PART_STEP)
+    num_steps = int(_MAX_PART_S * link_bytes_per_s / token_bytes / _PART_STEP)
     return max(MIN_PART_TOKENS, num_steps * _PART_STEP)
 
 
