@@ -182,7 +182,7 @@ def test_one_that_is_to_follow_is_waited_for(
     run_clean(run())
 
 
-@pytest.mark.parametrize(("compute_s", "waits_s"), [(0.5, [0.25, 0.5, 0.5]), (60.0, [1.0, 1.0, 1.0])])
+@pytest.mark.parametrize(("compute_s", "waits_s"), [(0.5, [0.25, 0.5, 0.5]), (0.0, [0.0, 0.0, 0.0])])
 def test_how_long_one_is_waited_for(compute_s: float, waits_s: list[float]) -> None:
     """After a step of two tokens, with one, two and 64 of them at hand."""
     steps = as_steps([[torch.zeros(2, 4)]])
@@ -192,6 +192,22 @@ def test_how_long_one_is_waited_for(compute_s: float, waits_s: list[float]) -> N
             await stream.send(*steps[0])
             await receive(stream, steps)
             assert [places[0]._least_s(num_tokens) for num_tokens in (1, 2, 64)] == waits_s
+            stream.cancel()
+
+    run_clean(run())
+
+
+def test_who_sends_them_one_by_one_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petals_server.ring.session._MAX_WAIT_S", 0.1)
+    steps = as_steps([[torch.zeros(1, 4)]] * 40, {}, *[{"is_followed": True}] * 38)
+
+    async def run() -> None:
+        async with recorded(has_cache=True, num_waiting=0, compute_s=TIMEOUT_S) as (stream, seen, _):
+            for step in steps:
+                await stream.send(*step)
+                await asyncio.sleep(0.02)
+            await until(lambda: seen[-1][-1] == 39)
+            assert len(seen) > 2
             stream.cancel()
 
     run_clean(run())

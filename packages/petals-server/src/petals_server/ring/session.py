@@ -36,7 +36,8 @@ from petals_server.ring.outlet import Outlet
 log = logging.getLogger(__name__)
 
 _MAX_WAIT_S: Final = 1.0
-"""For a step that is said to come: steps may be slow, as the first one of a server, and deadlines are near then."""
+"""For all steps that are said to come and are joined: each may be slow, as the first one of a server is, and who says
+so may send them one by one, so that this server looks slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +175,12 @@ class RingSession:
         computing that would take: nothing is won where they come more slowly.
         """
         num_tokens = max(1, sum(steps[0].step.row_tokens))
+        ends_s = time.monotonic() + _MAX_WAIT_S
         while True:
             last = steps[-1].step
             num_last = sum(last.row_tokens)
             if last.is_followed and num_tokens + num_last <= (last.join_tokens or MAX_JOINED_TOKENS):
-                await self._arrivals.wait(self._least_s(num_last))
+                await self._arrivals.wait(min(self._least_s(num_last), ends_s - time.monotonic()))
             arrival = self._arrivals.next()
             if arrival is None or arrival.stream is not stream:
                 return
@@ -195,7 +197,7 @@ class RingSession:
     def _least_s(self, num_tokens: int) -> float:
         """Seconds that so many tokens take, as far as the last step tells: more than it had may take less each."""
         computed_tokens, computed_s = self._computed
-        return min(_MAX_WAIT_S, computed_s * min(1.0, num_tokens / computed_tokens))
+        return computed_s * min(1.0, num_tokens / computed_tokens)
 
     async def _read(self, arrival: Arrival) -> Step | None:
         """The step that has arrived; None if it counts no more, or is something else."""
