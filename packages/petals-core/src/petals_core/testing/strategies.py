@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from petals_core.addresses import Address
 from petals_core.announcement import DTYPES, QUANTIZATIONS, STATES, Announcement
-from petals_core.limits import MAX_ANNOUNCEMENT_LIFETIME_S, MAX_BLOCKS, WireLimits
+from petals_core.limits import MAX_ANNOUNCEMENT_LIFETIME_S, MAX_BLOCKS, MAX_JOINED_TOKENS, WireLimits
 from petals_core.next_delays import NextDelays
 from petals_core.wire.frames import Priority
 from petals_core.wire.messages import (
@@ -114,6 +114,8 @@ def bodies() -> st.SearchStrategy[Body]:
             deadline_ms=_DEADLINES_MS,
             row_order=st.none() | st.lists(st.integers(0, 1023), min_size=1, max_size=_MAX_LISTED).map(tuple),
             position_runs=position_runs(),
+            join_tokens=st.none() | st.integers(1, MAX_JOINED_TOKENS),
+            is_followed=st.none() | st.booleans(),
         ),
         st.builds(
             StepResult,
