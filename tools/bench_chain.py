@@ -4,12 +4,12 @@ Runs itself in the network lab (docs/network-lab.md): a client and three servers
 between them. *Decoding*, 50 ms one way between any two hosts: a step should take the one-way delays around the ring and
 the computing, and next to nothing more. *Prefill* of 2,048 tokens, 20 ms one way, at two rates: in parts that follow
 each other through the chain, and in one piece; beside the slowest stage, a link or all computing together (the servers
-share this machine's cores, so it is measured with all of them at work; before and after the others, as a machine's
-speed may change), and beside the processor time that everything in the lab took meanwhile, the router and the
-encryption included; and on hosts whose kernels let connections keep their windows in pauses; and in parts on links that
-lose packets. Servers are started anew for each rate, because connections remember what a slower link took. *Forward* of
-as many tokens in 16 rows, without a session and gradients: around the ring in parts, and in one piece. Compression is
-off, so that the bytes are those of the states. Needs root.
+share this machine's cores, so it is measured with as many prompts under way as there are cores; before and after the
+others, as a machine's speed may change), and beside the processor time that everything in the lab took meanwhile, the
+router and the encryption included; and on hosts whose kernels let connections keep their windows in pauses; and in
+parts on links that lose packets. Servers are started anew for each rate, because connections remember what a slower
+link took. *Forward* of as many tokens in 16 rows, without a session and gradients: around the ring in parts, and in one
+piece. Compression is off, so that the bytes are those of the states. Needs root.
 """
 
 from __future__ import annotations
@@ -206,11 +206,12 @@ def computing_time_s(servers: Sequence[local_swarm.Process]) -> dict[tuple[int, 
 def measure_computing(
     console: Console, folder: Path, address: str, servers: Sequence[local_swarm.Process], num_runs: int
 ) -> float:
-    """Seconds in which this machine's cores compute a prompt, in one piece in each server, with all of them at work.
+    """Seconds in which this machine's cores compute a prompt, in one piece in each server, with others at work beside.
 
     As many prompts are under way as there are cores, on a network that does not count: cores share caches and memory,
-    so that computing takes longer than in a server alone. It is the processor time of the thread of each server that
-    computes, over the number of cores: the network, the encryption and the client are left out, and so is waiting.
+    so that computing takes longer than in a server alone. When prompts meet at one server all but one wait, so not all
+    cores compute all the time. It is the processor time of the thread of each server that computes, over the number of
+    cores: the network, the encryption and the client are left out, and so is waiting.
     """
 
     def send(model: Any) -> None:
@@ -376,7 +377,7 @@ def report(
         row("  times as fast", f"{gain:.2f}", f"{target}", None if target is None else gain >= target)
         row("  one link alone", f"{each.link_s:.2f} s")
         row("  all computing, each server alone", f"{each.alone_s:.2f} s")
-        row("  all computing, all cores at work", f"{each.compute_s:.2f} s")
+        row("  all computing, a prompt for each core", f"{each.compute_s:.2f} s")
         row("  all that the cores did in the lab", f"{each.work_s:.2f} s")
         row("  in parts, hosts that keep windows in pauses", f"{each.kept_s:.2f} s")
     for batch in batches:
